@@ -1,0 +1,56 @@
+"""Checks the result that ``make demo`` left in ``demo-out/demo.json``."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULT = Path(__file__).resolve().parent.parent / "demo-out" / "demo.json"
+NUMBERS = ("perplexity", "gap", "bytes", "minutes")
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict[str, Any]:
+    assert RESULT.is_file(), f"{RESULT} is missing: run `make demo` first"
+    return json.loads(RESULT.read_text(encoding="utf-8"))
+
+
+def row(demo: dict[str, Any], recipe: str, preset: str | None = None) -> dict[str, Any]:
+    found = [r for r in demo["rows"] if r["recipe"] == recipe and preset in (None, r["preset"])]
+    assert len(found) == 1, f"{len(found)} rows for {recipe} {preset or ''}, expected one"
+    return found[0]
+
+
+def test_every_number_is_finite(demo):
+    assert demo["rows"]
+    for values in demo["rows"]:
+        assert values["model"], values
+        for key in NUMBERS:
+            assert math.isfinite(values[key]), (key, values)
+
+
+def test_w8a8_is_close_to_float(demo):
+    assert row(demo, "mobilequant", "w8a8")["gap"] <= 0.01
+
+
+def test_w4a8_beats_rounding_to_nearest(demo):
+    assert row(demo, "mobilequant", "w4a8")["gap"] < 0.6 * row(demo, "rtn", "w4a8")["gap"]
+
+
+def test_w4a8_is_small(demo):
+    assert row(demo, "mobilequant", "w4a8")["bytes"] < 0.35 * row(demo, "float")["bytes"]
+
+
+def test_the_model_writes(demo):
+    assert isinstance(demo["sample"], str)
+    assert demo["sample"].strip()
+
+
+def test_reload_is_bitwise_equal(demo):
+    assert demo["reload_bitwise"] is True
+
+
+def test_the_demo_is_quick(demo):
+    assert 0 < demo["seconds"] <= 600

@@ -1,0 +1,55 @@
+"""optimum-mobilequant: integer-only language models for phone NPUs, quantized in one line.
+
+Importing the package registers the ``mobilequant`` quantization method with transformers::
+
+    from transformers import AutoModelForCausalLM
+    from optimum_mobilequant import MobileQuantConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        "org/model", quantization_config=MobileQuantConfig("w4a8", dataset="calib.txt")
+    )
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+# Public name -> module; resolved on first use, so that importing the package stays cheap.
+_PUBLIC = {
+    "MobileQuantConfig": "config",
+    "quantize": "pipeline",
+    "perplexity": "evaluate.perplexity",
+    "inspect_checkpoint": "inspect_checkpoint",
+}
+
+__all__ = ["MobileQuantConfig", "__version__", "inspect_checkpoint", "perplexity", "quantize"]
+
+if TYPE_CHECKING:
+    from .config import MobileQuantConfig
+    from .evaluate.perplexity import perplexity
+    from .inspect_checkpoint import inspect_checkpoint
+    from .pipeline import quantize
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register() -> None:
+    from .hf_quantizer import register
+
+    register()
+
+
+_register()

@@ -1,0 +1,105 @@
+"""Observe every activation of the model while it reads the calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..nn import Mode, quantizers_of, set_mode
+
+
+# Values kept of each activation for the range search: enough for the error of an 8-bit grid to be stable.
+SAMPLE = 1 << 15
+_PER_CHANNEL_ROLES = {"norm", "product", "context"}
+
+
+@dataclass
+class Statistics:
+    """What was seen, by quantizer name.
+
+    Args:
+        low, high: 0-dim float32 extremes.
+        sample: float32 ``[<= SAMPLE]``, evenly strided values.
+        channel_absmax: float32 ``[channels]`` of the activations that transforms divide.
+    """
+
+    low: dict[str, Tensor]
+    high: dict[str, Tensor]
+    sample: dict[str, Tensor]
+    channel_absmax: dict[str, Tensor]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat, for a stage file."""
+        return {f"{kind}/{name}": t.contiguous() for kind, part in vars(self).items() for name, t in part.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Statistics:
+        parts: dict[str, dict[str, Tensor]] = {"low": {}, "high": {}, "sample": {}, "channel_absmax": {}}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            parts[kind][name] = tensor
+        return cls(**parts)
+
+
+class _Observer:
+    def __init__(self, per_channel: bool, keep: int):
+        self.low = self.high = torch.tensor(0.0)
+        self.absmax: Tensor | None = None
+        self.per_channel = per_channel
+        self.keep = keep
+        self.kept: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        x = x.float()
+        low, high = torch.aminmax(x)
+        self.low, self.high = torch.minimum(self.low.to(low.device), low), torch.maximum(self.high.to(high.device), high)
+        flat = x.reshape(-1)
+        self.kept.append(flat[:: max(1, flat.numel() // self.keep)][: self.keep].cpu())
+        if self.per_channel:
+            # A context arrives as [batch, q, heads, head_dim]; the consumer reads heads * head_dim channels.
+            channels = x.flatten(2).abs().amax((0, 1)) if x.ndim == 4 else x.abs().amax(tuple(range(x.ndim - 1)))
+            self.absmax = channels if self.absmax is None else torch.maximum(self.absmax, channels)
+
+
+@torch.no_grad()
+def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: str = "calibrate") -> Statistics:
+    """Run the float computation of ``student`` over ``ids`` and record every activation.
+
+    Args:
+        student: swapped model; transforms that are attached act, nothing is rounded.
+        ids: int64 ``[sequences, length]``.
+
+    Raises:
+        ValueError: an activation is not finite; names the first such tensor in the data flow.
+    """
+    batches = ids.split(batch_size)
+    observers: dict[str, _Observer] = {}
+    for quantizer in quantizers_of(student):
+        keep = max(1, SAMPLE // len(batches))
+        quantizer.observer = _Observer(quantizer.spec.role in _PER_CHANNEL_ROLES, keep)
+        observers[quantizer.spec.name] = quantizer.observer
+    set_mode(student, Mode.OBSERVE)
+    device = next(student.buffers()).device
+    try:
+        for batch in tqdm(batches, desc=description, disable=not logging.is_progress_bar_enabled(), leave=False):
+            student(input_ids=batch.to(device), use_cache=False)
+            for name, observer in observers.items():
+                if not (torch.isfinite(observer.low) and torch.isfinite(observer.high)):
+                    raise ValueError(
+                        f"activation {name} is not finite on the calibration text: the float model overflows "
+                        f"(check its weights, or load it with dtype=torch.float32)"
+                    )
+    finally:
+        for quantizer in quantizers_of(student):
+            quantizer.observer = None
+        set_mode(student, Mode.QUANTIZE)
+    return Statistics(
+        low={n: o.low.cpu() for n, o in observers.items()},
+        high={n: o.high.cpu() for n, o in observers.items()},
+        sample={n: torch.cat(o.kept) for n, o in observers.items()},
+        channel_absmax={n: o.absmax.cpu() for n, o in observers.items() if o.absmax is not None},
+    )

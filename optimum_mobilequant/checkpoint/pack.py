@@ -1,0 +1,120 @@
+"""Fold the learned parameters, round to integers, and put the integers into a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..nn import QWeight, quantizers_of, swap
+from ..nn.modules import QuantLinear
+from ..nn.tunable import TunableBias, TunableWeight
+from ..numerics import dequantize, quantize
+from ..numerics.qparams import Grid
+from ..plan import Plan
+
+
+_BIAS_GRID = Grid(32, signed=True)
+
+
+@dataclass
+class Packed:
+    """All integers of a quantized model.
+
+    Args:
+        weights: module path -> (signed codes, scale, zero point). biases: module path -> float32 on its int32 grid.
+        activations: quantizer name -> (scale, zero point), 0-dim.
+    """
+
+    weights: dict[str, tuple[Tensor, Tensor, Tensor]]
+    biases: dict[str, Tensor]
+    activations: dict[str, tuple[Tensor, Tensor]]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat, for a stage file."""
+        flat = {f"bias/{path}": bias for path, bias in self.biases.items()}
+        for path, parts in self.weights.items():
+            flat |= {f"weight/{path}/{n}": t for n, t in zip(("codes", "scale", "zero_point"), parts, strict=True)}
+        for name, (scale, zero_point) in self.activations.items():
+            flat |= {f"activation/{name}/scale": scale, f"activation/{name}/zero_point": zero_point}
+        return {key: tensor.contiguous() for key, tensor in flat.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Packed:
+        def names(kind: str) -> list[str]:
+            return sorted({key.split("/")[1] for key in tensors if key.startswith(f"{kind}/")})
+
+        return cls(
+            {p: tuple(tensors[f"weight/{p}/{n}"] for n in ("codes", "scale", "zero_point")) for p in names("weight")},
+            {p: tensors[f"bias/{p}"] for p in names("bias")},
+            {n: (tensors[f"activation/{n}/scale"], tensors[f"activation/{n}/zero_point"]) for n in names("activation")},
+        )
+
+
+@torch.no_grad()
+def pack(student: nn.Module, plan: Plan) -> Packed:
+    """Fold transforms and clipping of a tuned student into its weights and round them to nearest.
+
+    Biases of linears land on the int32 grid ``input scale * weight scale`` of their accumulator.
+
+    Raises:
+        ValueError: a scale is not finite and positive (names the tensor).
+    """
+    packed = Packed({}, {}, {q.spec.name: (q.scale.clone(), q.zero_point.clone()) for q in quantizers_of(student)})
+    modules = dict(student.named_modules())
+    bar = tqdm(plan.weights, desc="pack", leave=False, disable=not logging.is_progress_bar_enabled())
+    for path in bar:
+        module = modules[path]
+        if isinstance(module.weight, TunableWeight):
+            packed.weights[path] = module.weight.codes()
+        if isinstance(module.bias if hasattr(module, "bias") else None, TunableBias):
+            bias = module.bias.folded()
+            if isinstance(module, QuantLinear):
+                scale = packed.activations[input_of(plan, path)][0] * packed.weights[path][1].reshape(-1)
+                zero = torch.zeros((), dtype=torch.int32, device=bias.device)
+                bias = dequantize(quantize(bias, scale, zero, _BIAS_GRID), scale, zero)
+            packed.biases[path] = bias
+    scales = {f"{path}.weight": parts[1] for path, parts in packed.weights.items()}
+    scales |= {name: parts[0] for name, parts in packed.activations.items()}
+    if bad := [name for name, scale in scales.items() if not (torch.isfinite(scale).all() and (scale > 0).all())]:
+        raise ValueError(f"these scales are not finite and positive: {', '.join(bad)}")
+    return packed
+
+
+def input_of(plan: Plan, linear: str) -> str:
+    """Name of the activation a linear reads, through data movement."""
+    name = f"{linear}.input"
+    while name in plan.moves:
+        name = plan.moves[name]
+    return name
+
+
+def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
+    """Turn a float model, in place, into the quantized one; each float weight is freed as it is replaced."""
+    device = model.get_submodule(plan.family.final_norm).weight.device
+
+    def make_weight(path: str, _: Tensor) -> QWeight:
+        codes, scale, zero_point = (t.to(device) for t in packed.weights[path])
+        return QWeight(codes, scale, zero_point, plan.weights[path].rule)
+
+    def make_bias(path: str, _: Tensor) -> nn.Parameter:
+        return nn.Parameter(packed.biases[path].to(device), requires_grad=False)
+
+    swap(model, plan, make_weight, make_bias)
+    for quantizer in quantizers_of(model):
+        quantizer.set(*packed.activations[quantizer.spec.name])
+
+
+def skeleton(model: nn.Module, plan: Plan) -> None:
+    """Replace the modules by empty quantized ones, on the model's device, for a checkpoint loader to fill."""
+
+    def make_weight(path: str, weight: Tensor) -> QWeight:
+        return QWeight.empty(weight.shape, plan.weights[path].rule, weight.device)
+
+    def make_bias(_: str, bias: Tensor) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(bias, dtype=torch.float32), requires_grad=False)
+
+    swap(model, plan, make_weight, make_bias)

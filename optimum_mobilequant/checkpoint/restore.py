@@ -1,0 +1,61 @@
+"""Turn a quantized model back into a plain transformers model with the rounded weights as floats."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..nn import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm, Quantizer
+from ..plan import Plan
+
+
+@torch.no_grad()
+def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
+    """Replace every quantized module by the original kind, in place.
+
+    Weights keep their rounded values, transforms stay folded in; activations are no longer rounded. A tied head stays
+    tied.
+
+    Args:
+        dtype: of the restored weights.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        blank = type(model)(config)
+    quantized = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, QuantLinear | QuantNorm | QuantEmbedding | QuantActivation)
+    ]
+    offset = plan.family.gain_offset
+    for path, module in quantized:
+        if isinstance(module, QuantActivation):
+            model.set_submodule(path, module.function)
+            continue
+        plain = blank.get_submodule(path)
+        weight = module._weight() if isinstance(module, QuantLinear) else module.weight
+        values = weight(torch.float32) - (offset if isinstance(module, QuantNorm) else 0.0)
+        plain.to_empty(device=values.device)
+        plain.weight = nn.Parameter(values.to(dtype))
+        if getattr(module, "bias", None) is not None:
+            plain.bias = nn.Parameter(module.bias.to(dtype))
+        if isinstance(module, QuantEmbedding) and hasattr(plain, "embed_scale"):
+            plain.embed_scale.fill_(module.multiplier)
+        model.set_submodule(path, plain)
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, Quantizer):
+                delattr(module, name)
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "quantize_output":
+                del module._forward_hooks[key]
+    model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    del model._tied_weights_keys, model.all_tied_weights_keys  # back to the class's
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()

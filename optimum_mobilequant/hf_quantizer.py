@@ -1,0 +1,161 @@
+"""The transformers adapter: the only file that knows HfQuantizer and differences between transformers versions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from .checkpoint import check_files, scheme_digest, skeleton
+from .checkpoint.files import DIGEST_KEY, check_values
+from .config import MobileQuantConfig
+from .families import family_of, geometry_of
+from .nn import QuantLinear, Quantizer, QWeight
+from .plan import Plan, build_plan
+from .sources import dataset_record
+
+logger = logging.get_logger(__name__)
+
+METHOD = "mobilequant"
+
+
+class MobileQuantHfQuantizer(HfQuantizer):
+    """Calibrates a float checkpoint as it is loaded, and loads what :func:`~optimum_mobilequant.quantize` saved."""
+
+    requires_calibration = False
+    quantization_config: MobileQuantConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, before anything is built, what could not work.
+
+        Raises:
+            ValueError: disk or mixed CPU device maps; a float checkpoint without a dataset.
+        """
+        device_map = kwargs.get("device_map")
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError("mobilequant supports no disk offload or CPU/GPU split; use device_map=None or one device")
+        if not self.pre_quantized:
+            if self.quantization_config.dataset is None:
+                raise ValueError(
+                    'static activation ranges need calibration text: MobileQuantConfig(..., dataset="calib.txt")'
+                )
+            self.quantization_config.resolve()
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Calibration works in float32; a quantized checkpoint is loaded in the dtype asked for."""
+        if not self.pre_quantized and dtype != torch.float32:
+            logger.info(f"mobilequant tunes in float32; dtype={dtype} applies when the saved checkpoint is loaded")
+            return torch.float32
+        return dtype
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        plan = plan_of(model, config)
+        skeleton(model, plan)
+        untie(model)
+        ignore_sentinel(model, plan)
+        check_files(model, kwargs.get("checkpoint_files") or [], config.to_dict(), sentinel_key(plan))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            check_values(model)
+            return model
+        from .pipeline import quantize
+
+        return quantize(model, None, self.quantization_config)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The model's tensors, and a zero-size one under a key that makes transformers without this package fail.
+
+        Without the plugin, ``from_pretrained`` ignores the quantization config and would return random weights with a
+        warning; a shape mismatch on one expected key raises instead.
+        """
+        plan = plan_of(model, self.quantization_config)
+        state = dict(model.state_dict())
+        state[sentinel_key(plan)] = torch.zeros(0)
+        return state, {"format": "pt", DIGEST_KEY: scheme_digest(self.quantization_config.to_dict())}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .checkpoint.restore import restore_float
+
+        restore_float(model, plan_of(model, self.quantization_config), dtype or model.dtype)
+        return model
+
+
+def plan_of(model: PreTrainedModel, config: MobileQuantConfig) -> Plan:
+    """The plan of a model, float or already swapped."""
+    family = family_of(model, config.family)
+    return build_plan(family, geometry_of(model, family), config.resolve_scheme(), config.overrides)
+
+
+def sentinel_key(plan: Plan) -> str:
+    """Key of the zero-size tensor: the first query projection, which every plain model expects."""
+    return f"{plan.family.layer(0, plan.family.query)}.weight"
+
+
+def ignore_sentinel(model: PreTrainedModel, plan: Plan) -> None:
+    """Keep transformers from warning about the sentinel; the attribute's type differs between its versions."""
+    pattern = "^" + re.escape(sentinel_key(plan)) + "$"
+    ignored = model._keys_to_ignore_on_load_unexpected or set()
+    model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, pattern])
+
+
+def untie(model: PreTrainedModel) -> None:
+    """A tied head reads the embedding's table directly, so there is nothing left for transformers to tie."""
+    model._tied_weights_keys = None
+    model.all_tied_weights_keys = {}
+
+
+def attach(model: PreTrainedModel, config: MobileQuantConfig) -> None:
+    """Make an in-memory quantized model saveable: what ``from_pretrained`` would have set on it."""
+    config.scheme = config.resolve_scheme().to_dict()
+    config.dataset, config.tokenizer, config.run_dir = dataset_record(config.dataset), None, None
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, MobileQuantHfQuantizer):
+        quantizer = MobileQuantHfQuantizer(config, pre_quantized=True)
+    quantizer.pre_quantized = True  # from here on it behaves as a loaded checkpoint
+    quantizer.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    model.config.dtype = torch.float32
+    plan = plan_of(model, config)
+    untie(model)
+    ignore_sentinel(model, plan)
+
+
+def register() -> None:
+    """Register the method with transformers; a second call does nothing."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(MobileQuantConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(MobileQuantHfQuantizer)
+
+
+__all__ = ["MobileQuantHfQuantizer", "QWeight", "QuantLinear", "Quantizer", "attach", "plan_of", "register"]

@@ -1,0 +1,154 @@
+"""The replaced modules. Each computes what the original computes, on rounded weights, and rounds its output.
+
+``weight`` is a submodule, not a parameter: :class:`~.qweight.QWeight` in a quantized model, a
+:class:`~.tunable.TunableWeight` in the student that is being tuned. Both return the float values to compute with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .quantizer import Quantizer
+from .qweight import QWeight
+from .tunable import TunableBias, TunableWeight
+
+
+class QuantLinear(nn.Module):
+    """``output(x @ W.T + b)``.
+
+    Args:
+        weight: provider of ``W`` ``[out, in]``; None for a head tied to ``embedding``.
+        bias: float32 ``[out]``, on the int32 grid once packed; or None.
+        output: quantizer of the result.
+        input: quantizer of ``x``, for the one linear whose producer is no module (down: act(gate) * up).
+        tied: the embedding whose table a tied head reads.
+    """
+
+    def __init__(
+        self,
+        weight: QWeight | TunableWeight | None,
+        bias: nn.Parameter | TunableBias | None,
+        output: Quantizer,
+        *,
+        input: Quantizer | None = None,
+        tied: QuantEmbedding | None = None,
+    ):
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.input = input
+        self.output = output
+        # Kept out of the module tree: the table is saved, cast and moved once, by the embedding.
+        object.__setattr__(self, "tied", tied)
+
+    def _weight(self) -> QWeight | TunableWeight:
+        if self.weight is not None:
+            return self.weight
+        source: QuantEmbedding = self.tied  # type: ignore[assignment]
+        return source.weight
+
+    @property
+    def out_features(self) -> int:
+        return self._weight().shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self._weight().shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input is not None:
+            x = self.input(x)
+        bias = self.bias() if isinstance(self.bias, TunableBias) else self.bias
+        return self.output(F.linear(x, self._weight()(x.dtype), None if bias is None else bias.to(x.dtype)))
+
+
+class QuantNorm(nn.Module):
+    """RMSNorm or LayerNorm with a 16-bit gain, statistics in float32.
+
+    Args:
+        weight: provider of the effective gain ``[n]`` (Gemma's 1 + w included).
+        bias: float32 ``[n]`` or None. eps: of the original.
+        centre: subtract the mean (LayerNorm).
+        input: quantizer of the residual sum the norm reads, or None where its producer has rounded it already.
+    """
+
+    def __init__(
+        self,
+        weight: QWeight | TunableWeight,
+        bias: nn.Parameter | TunableBias | None,
+        output: Quantizer,
+        *,
+        eps: float,
+        centre: bool,
+        input: Quantizer | None = None,
+    ):
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.input = input
+        self.output = output
+        self.eps = eps
+        self.centre = centre
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input is not None:
+            # The decoder layer adds this same tensor to the MLP's output: rounding it in place is what makes the
+            # residual branch carry the codes that the norm sees.
+            x.copy_(self.input(x.clone()))
+        h = x.float()
+        if self.centre:
+            h = h - h.mean(-1, keepdim=True)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight(torch.float32)
+        bias = self.bias() if isinstance(self.bias, TunableBias) else self.bias
+        return self.output((h if bias is None else h + bias.float()).to(x.dtype))
+
+
+class QuantEmbedding(nn.Module):
+    """Table lookup with one 8-bit scale a row, rounded to one static grid; ``multiplier`` is Gemma's sqrt(hidden).
+
+    ``dtype_anchor`` is one float that carries the dtype the model computes in: the integers have none, and transformers
+    asks the model's parameters for it.
+    """
+
+    def __init__(
+        self,
+        weight: QWeight | TunableWeight,
+        output: Quantizer,
+        *,
+        multiplier: float,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.weight = weight
+        self.output = output
+        self.dtype_anchor = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
+        self.multiplier = multiplier
+        self.padding_idx = padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight.rows(ids)
+        return self.output(rows if self.multiplier == 1.0 else rows * self.multiplier).to(self.dtype_anchor.dtype)
+
+
+class QuantActivation(nn.Module):
+    """The true activation function on rounded input, rounded: a 256-entry lookup table on the device."""
+
+    def __init__(self, function: nn.Module, output: Quantizer):
+        super().__init__()
+        self.function = function
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.function(x))

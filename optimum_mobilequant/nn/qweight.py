@@ -1,0 +1,145 @@
+"""QWeight: integer weights in optimum-quanto's own state-dict layout. The only file that imports quanto.
+
+A quanto tensor subclass cannot be cast, deep-copied or offloaded once it is a parameter; so the integers stay plain
+tensors under quanto's key names, and :meth:`QWeight.as_quanto` builds the subclass on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import Grid, dequantize
+from ..numerics.packing import pack_int4, unpack_int4, unpack_int4_rows
+from ..plan import WeightRule
+
+
+class _Packed(nn.Module):
+    """Holds ``_data``: uint8 ``[ceil(rows / 2), columns]``, row r in the low nibble, row r + ceil(rows / 2) in the high."""
+
+    def __init__(self, data: Tensor):
+        super().__init__()
+        self._data = nn.Parameter(data, requires_grad=False)
+
+
+class QWeight(nn.Module):
+    """Integer weight of a linear, an embedding or a norm gain.
+
+    State-dict keys (under ``<module>.weight.``):
+
+    ========================  ==============================================================================
+    8-bit symmetric           ``_data`` int8 [out, in], ``_scale`` float32 [out, 1]: quanto ``qint8``
+    4-bit                     ``_data._data`` uint8 [ceil(out/2), in], ``_scale``, ``_shift`` uint8: quanto ``qint4``
+    8-bit asymmetric          ``_codes`` int8 [out, in], ``_scale``, ``_zero_point`` int32 [out, 1]: no quanto type
+    16-bit gain               ``_codes`` int16 [n], ``_scale`` float32 [1]
+    ========================  ==============================================================================
+
+    A per-tensor scale is repeated to [out, 1], as quanto's kernels expect.
+
+    Args:
+        codes: signed codes, ``[out, in]`` or ``[n]``; values on ``Grid(rule.bits, signed=True)``.
+        scale: float32 ``[out, 1]`` or ``[1]``. zero_point: int32, as scale.
+        rule: bits and symmetry.
+    """
+
+    _scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, rule: WeightRule):
+        super().__init__()
+        self.rule = rule
+        self.shape = torch.Size(codes.shape)
+        if codes.ndim == 2 and rule.bits == 4:
+            self._data = _Packed(pack_int4(codes))
+            self.register_buffer("_shift", (zero_point + 8).to(torch.uint8))
+        else:
+            name = "_data" if self.is_quanto else "_codes"
+            setattr(self, name, nn.Parameter(codes.contiguous(), requires_grad=False))
+            if not rule.symmetric:
+                self.register_buffer("_zero_point", zero_point.to(torch.int32))
+        self.register_buffer("_scale", scale.float())
+
+    @classmethod
+    def empty(cls, shape: torch.Size, rule: WeightRule, device: Any) -> QWeight:
+        """Placeholder with the right shapes and dtypes, to be filled by a checkpoint loader."""
+        codes = torch.zeros(shape, dtype=Grid(rule.bits, signed=True).dtype, device=device)
+        units = (shape[0], 1) if len(shape) == 2 else (1,)
+        scale = torch.full(units, float("nan"), device=device)
+        return cls(codes, scale, torch.zeros(units, dtype=torch.int32, device=device), rule)
+
+    @property
+    def is_quanto(self) -> bool:
+        """Whether the keys are a quanto tensor's own."""
+        return len(self.shape) == 2 and (self.rule.bits == 4 or (self.rule.bits == 8 and self.rule.symmetric))
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 ``[out, 1]`` or ``[1]``."""
+        return self._scale
+
+    @property
+    def zero_point(self) -> Tensor:
+        """int32, shape of :attr:`scale`, on the signed grid."""
+        if self.rule.bits == 4 and len(self.shape) == 2:
+            return self._shift.to(torch.int32) - 8
+        if self.rule.symmetric:
+            return torch.zeros_like(self._scale, dtype=torch.int32)
+        return self._zero_point
+
+    @property
+    def codes(self) -> Tensor:
+        """Signed integer codes, ``shape`` of the float weight."""
+        if self.rule.bits == 4 and len(self.shape) == 2:
+            return unpack_int4(self._data._data, self.shape[0])
+        return self._data if self.is_quanto else self._codes
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantized weight (computed in float32)."""
+        return dequantize(self.codes, self.scale, self.zero_point).to(dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantized rows, float32 ``[*ids.shape, in]``, for an embedding, without touching the other rows."""
+        packed = self.rule.bits == 4
+        codes = unpack_int4_rows(self._data._data, ids, self.shape[0]) if packed else self.codes[ids]
+        return dequantize(codes, self.scale[ids], self.zero_point[ids])
+
+    def as_quanto(self) -> Tensor:
+        """This weight as an optimum-quanto tensor, sharing the integers.
+
+        Raises:
+            ValueError: asymmetric 8-bit weights and norm gains have no quanto type.
+        """
+        from optimum.quanto import qint4, qint8
+        from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
+
+        state = {key: value.data for key, value in self.state_dict().items()}
+        stride, missing = (self.shape[1] if len(self.shape) == 2 else 1, 1), []  # type: ignore[var-annotated]
+        if not self.is_quanto:
+            raise ValueError(f"a {self.rule.bits}-bit weight with symmetric={self.rule.symmetric} has no quanto type")
+        if self.rule.bits == 4:
+            tensor = WeightQBitsTensor.load_from_state_dict(state, "", qint4, 0, None, self.shape, stride, missing)
+        else:
+            tensor = WeightQBytesTensor.load_from_state_dict(
+                state, "", qint8, 0, self.shape, stride, activation_qtype=None, missing_keys=missing
+            )
+        return tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._scale.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QWeight:
+        kept = self._scale
+        super()._apply(fn, recurse)
+        if self._scale.dtype != torch.float32:  # a cast changes what the model computes in, never what is stored
+            self._scale = kept.to(self._scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.rule.bits} bits, {'sym' if self.rule.symmetric else 'asym'}"

@@ -1,0 +1,134 @@
+"""Weights of the student: the model's own float tensors, rescaled and rounded on the fly with gradients.
+
+Nothing is copied: the source tensor is shared with the teacher, and transforms act when the weight is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import dequantize, fake_quantize_weight, quantize, weight_qparams
+from ..numerics.fake import clipped_range, rescale
+from ..plan import WeightRule, WeightSpec
+from .quantizer import Mode
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """A log-scale that an equivalent transform contributes along one dimension of a tensor.
+
+    ``sign * theta[index]``; ``index`` spreads shared elements (KV groups, rotary pairs), None where it is the identity.
+    """
+
+    theta: nn.Parameter
+    sign: int
+    index: Tensor | None
+
+    def __call__(self) -> Tensor:
+        log = self.theta if self.index is None else self.theta[self.index]
+        return log if self.sign > 0 else -log
+
+
+def total(scales: list[LogScale]) -> Tensor | None:
+    """Sum of the contributions along one dimension, or None."""
+    out: Tensor | None = None
+    for scale in scales:
+        out = scale() if out is None else out + scale()
+    return out
+
+
+class TunableWeight(nn.Module):
+    """Weight or norm gain that is rescaled by transforms, clipped and rounded each time it is used.
+
+    Args:
+        source: float ``[out, in]`` or ``[n]``, shared, never written.
+        spec: role and grid.
+        offset: added to the source first (Gemma's zero-centred gains).
+    """
+
+    def __init__(self, source: Tensor, spec: WeightSpec, *, offset: float = 0.0):
+        super().__init__()
+        object.__setattr__(self, "source", source)  # not a parameter: it must not move, be cast or be saved here
+        self.spec = spec
+        self.offset = offset
+        self.rows_log: list[LogScale] = []
+        self.columns_log: list[LogScale] = []
+        self.clip: nn.Parameter | None = None
+        self.mode = Mode.QUANTIZE
+        self._kept: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def _float(self) -> Tensor:
+        source: Tensor = self.source
+        return source.float() + self.offset if self.offset else source.float()
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.mode in (Mode.OFF, Mode.OBSERVE):
+            return rescale(self._float(), total(self.rows_log), total(self.columns_log)).to(dtype)
+        if not (self.rows_log or self.columns_log or self.clip is not None):
+            if self._kept is None:  # nothing here changes from step to step
+                self._kept = dequantize(*self.codes())
+            return self._kept.to(dtype)
+        spec, rows, columns = self.spec, total(self.rows_log), total(self.columns_log)
+        matrix = self._float()
+        if matrix.ndim == 1:  # a gain: one row vector, transforms act along it
+            matrix, rows, columns = matrix[None, :], None, rows
+        out = fake_quantize_weight(
+            matrix, rows, columns, self.clip, spec.grid, symmetric=spec.rule.symmetric, per_channel=spec.per_channel
+        )
+        return out.view(self.shape).to(dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, for an embedding."""
+        return self.forward()[ids]
+
+    @torch.no_grad()
+    def folded(self) -> Tensor:
+        """float32 weight with the transforms folded in (computed in float64), offset included."""
+        log = [None if (t := total(part)) is None else t.double() for part in (self.rows_log, self.columns_log)]
+        return rescale(self.source.double() + self.offset, *log).float()
+
+    @torch.no_grad()
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Signed codes, scale ``[out, 1]`` (or ``[1]`` for a gain) and zero point of the folded, clipped weight."""
+        folded, spec = self.folded(), self.spec
+        matrix = folded if folded.ndim == 2 else folded[None, :]
+        ends = clipped_range(matrix, self.clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
+        scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
+        if folded.ndim == 1:
+            scale, zero_point = scale.reshape(1), zero_point.reshape(1)
+        else:
+            scale, zero_point = (t.expand(len(folded), 1).contiguous() for t in (scale, zero_point))
+        return quantize(folded, scale, zero_point, spec.grid), scale, zero_point
+
+    @property
+    def rule(self) -> WeightRule:
+        return self.spec.rule
+
+
+class TunableBias(nn.Module):
+    """Bias ``[n]`` that follows the rows it belongs to; 32-bit on the device, so it is not rounded while tuning."""
+
+    def __init__(self, source: Tensor):
+        super().__init__()
+        object.__setattr__(self, "source", source)
+        self.rows_log: list[LogScale] = []
+
+    def forward(self) -> Tensor:
+        return rescale(self.source.float(), total(self.rows_log), None)
+
+    @torch.no_grad()
+    def folded(self) -> Tensor:
+        """float32 bias with the transforms folded in (computed in float64)."""
+        log = total(self.rows_log)
+        return rescale(self.source.double(), None if log is None else log.double(), None).float()

@@ -1,0 +1,195 @@
+"""Fake quantization: the values of quantize-then-dequantize, with straight-through gradients.
+
+Each function is a single autograd node. Written with elementary operations the same arithmetic needs five nodes and
+keeps five tensors for the backward pass; here the backward recomputes the clipping mask from the input.
+
+Gradients (method of LSQ+, Bhalgat et al. 2020, for scale and zero point; MobileQuant section 3.2 for their use), with
+``inside`` the mask of unclipped elements and ``x_hat`` the output::
+
+    d x          = g * inside
+    d scale      = sum(g * (x_hat - inside * x)) / scale
+    d zero_point = -scale * sum(g * (1 - inside))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .qparams import Grid, weight_qparams
+
+
+def _snap(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    # clamp(round(x/s) + z) - z == clamp(round(x/s), qmin - z, qmax - z): integers, so exact, and one pass less.
+    codes = torch.div(x, scale).round_()
+    return codes.clamp_(grid.qmin - zero_point, grid.qmax - zero_point).mul_(scale)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Round ``x`` to the grid (no gradient to scale or zero point, straight-through to ``x``).
+
+    Args:
+        x: float, any shape; computed in float32 and returned in the dtype of ``x``.
+        scale: float32, broadcastable to ``x``.
+        zero_point: int32, same shape as scale.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _FakeQuantize.apply(x.float(), scale, zero_point.float(), grid)
+    else:
+        out = _snap(x.float(), scale, zero_point.to(scale.dtype), grid)
+    return out.to(x.dtype)
+
+
+def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """As :func:`fake_quantize`, per tensor, with gradients to a 0-dim float ``scale`` and integer-valued float
+    ``zero_point`` (rounded upstream with a straight-through estimator)."""
+    out: Tensor = _FakeQuantize.apply(x.float(), scale, zero_point, grid)
+    return out.to(x.dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        out = _snap(x, scale, zero_point, grid)
+        ctx.save_for_backward(x, out, scale, zero_point)
+        ctx.grid = grid
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, out, scale, zero_point = ctx.saved_tensors
+        # An element is clipped exactly when its code lies beyond the half-step around the outermost code.
+        low = (ctx.grid.qmin - 0.5 - zero_point) * scale
+        high = (ctx.grid.qmax + 0.5 - zero_point) * scale
+        grad_x = torch.where((x >= low) & (x <= high), grad, 0.0)
+        grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[1]:
+            flat, flat_x = grad.reshape(-1), grad_x.reshape(-1)
+            grad_scale = (torch.dot(flat, out.reshape(-1)) - torch.dot(flat_x, x.reshape(-1))) / scale
+            if ctx.needs_input_grad[2]:
+                grad_zero_point = -scale * (flat.sum() - flat_x.sum())
+        return grad_x, grad_scale, grad_zero_point, None
+
+
+def fake_quantize_weight(
+    weight: Tensor,
+    row_log: Tensor | None,
+    column_log: Tensor | None,
+    clip: Tensor | None,
+    grid: Grid,
+    *,
+    symmetric: bool,
+    per_channel: bool,
+) -> Tensor:
+    """Rescale rows and columns, take the clipped range of the result, round to it: one node.
+
+    ``W' = exp(row_log)[:, None] * W * exp(column_log)[None, :]``; the range of each unit (output channel or whole
+    tensor) is that of ``W'`` times ``sigmoid(clip)`` (learnable weight clipping: OmniQuant, Shao et al. 2024), so the
+    scales follow the transform at every step (MobileQuant, section 3.2).
+
+    Args:
+        weight: float32 ``[out, in]``, constant.
+        row_log: ``[out]`` or None. column_log: ``[in]`` or None. Natural logarithms of the scales.
+        clip: logits, ``[units, 2]`` for (low, high), or None for the full range; ``units`` is ``out`` or 1.
+
+    Returns:
+        float32 ``[out, in]``, with gradients to row_log, column_log and clip.
+    """
+    out: Tensor = _FakeQuantizeWeight.apply(weight, row_log, column_log, clip, grid, symmetric, per_channel)
+    return out
+
+
+def rescale(weight: Tensor, row_log: Tensor | None, column_log: Tensor | None) -> Tensor:
+    """``exp(row_log)[:, None] * weight * exp(column_log)[None, :]`` (a vector weight has rows only)."""
+    if row_log is not None:
+        weight = weight * (row_log.exp()[:, None] if weight.ndim == 2 else row_log.exp())
+    if column_log is not None:
+        weight = weight * column_log.exp()[None, :]
+    return weight
+
+
+def clipped_range(weight: Tensor, clip: Tensor | None, *, symmetric: bool, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Low and high end ``[units, 1]`` of each unit of ``weight`` after clipping. A symmetric range is (-m, m)."""
+    view = weight if per_channel else weight.reshape(1, -1)
+    high, low = view.amax(1, keepdim=True).clamp(min=0.0), view.amin(1, keepdim=True).clamp(max=0.0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    if clip is not None:
+        share = torch.sigmoid(clip)
+        low, high = (-high * share[:, 1:], high * share[:, 1:]) if symmetric else (low * share[:, :1], high * share[:, 1:])
+    return low, high
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        row_log: Tensor | None,
+        column_log: Tensor | None,
+        clip: Tensor | None,
+        grid: Grid,
+        symmetric: bool,
+        per_channel: bool,
+    ) -> Tensor:
+        scaled = rescale(weight, row_log, column_log)
+        low, high = clipped_range(scaled, clip, symmetric=symmetric, per_channel=per_channel)
+        scale, zero_point = weight_qparams(low, high, grid, symmetric)
+        out = _snap(scaled, scale, zero_point.float(), grid)
+        # Only the constant weight and vectors are kept: the rescaled copy is recomputed.
+        ctx.save_for_backward(weight, row_log, column_log, clip, out, low, high, scale, zero_point)
+        ctx.scheme = (grid, symmetric, per_channel)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weight, row_log, column_log, clip, out, low, high, scale, zero_point = ctx.saved_tensors
+        grid, symmetric, per_channel = ctx.scheme
+        scaled = rescale(weight, row_log, column_log)
+        inside = (scaled >= (grid.qmin - 0.5 - zero_point) * scale) & (scaled <= (grid.qmax + 0.5 - zero_point) * scale)
+        grad_scaled = torch.where(inside, grad, 0.0)
+        product = grad_scaled * scaled  # d/dlog of a scale is the sum of these over what it multiplies
+
+        def per_unit(t: Tensor) -> Tensor:
+            return t.sum(1, keepdim=True) if per_channel else t.sum().reshape(1, 1)
+
+        grad_scale = (per_unit(grad * out) - per_unit(product)) / scale
+        if symmetric:
+            grad_high, grad_low = grad_scale / grid.qmax, torch.zeros_like(grad_scale)
+        else:
+            steps = grid.qmax - grid.qmin
+            grad_zero = -scale * (per_unit(grad) - per_unit(grad_scaled))
+            grad_scale = grad_scale + grad_zero * low / scale.square()
+            grad_high, grad_low = grad_scale / steps, -grad_scale / steps - grad_zero / scale
+        grad_clip = None
+        if clip is not None:
+            share = torch.sigmoid(clip)
+            slope = torch.cat([grad_low * low, grad_high * high], dim=1) * (1 - share)  # d/dlogit of sigmoid * end
+            grad_clip = slope if not symmetric else torch.cat([torch.zeros_like(slope[:, :1]), slope[:, 1:]], dim=1)
+        # The ends move with the extreme elements: their share of the gradient goes to those elements' rows and columns.
+        product = product + _range_gradient(scaled, grad_low * low, grad_high * high, symmetric, per_channel)
+        grad_row = product.sum(1) if ctx.needs_input_grad[1] else None
+        grad_column = product.sum(0) if ctx.needs_input_grad[2] else None
+        return None, grad_row, grad_column, grad_clip, None, None, None
+
+
+def _range_gradient(scaled: Tensor, low_part: Tensor, high_part: Tensor, symmetric: bool, per_channel: bool) -> Tensor:
+    """Spread d loss / d log(end) of each unit on the element that sets that end, as ``[out, in]``."""
+    view = scaled if per_channel else scaled.reshape(1, -1)
+    spread = torch.zeros_like(view)
+    if symmetric:
+        spread.scatter_add_(1, view.abs().argmax(1, keepdim=True), high_part)
+    else:
+        spread.scatter_add_(1, view.argmax(1, keepdim=True), high_part)
+        spread.scatter_add_(1, view.argmin(1, keepdim=True), low_part)
+    return spread.view_as(scaled)
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes unchanged."""
+    return x + (x.round() - x).detach()

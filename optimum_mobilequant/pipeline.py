@@ -1,0 +1,131 @@
+"""The method on one page: calibrate, transform, learn, fold and round, pack."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import Statistics, choose_ranges, collect
+from .checkpoint import Packed, install, pack
+from .config import MobileQuantConfig
+from .prepare import Prepared, nll, prepare
+from .transform import edges_of, smooth_scales
+from .tune import Learnables, LearnResult, build_student, learn_blockwise, learn_end_to_end
+from .tune.objective import make_objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def quantize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: MobileQuantConfig | None = None,
+    *,
+    run_dir: str | None = None,
+) -> PreTrainedModel:
+    """Quantize a float causal LM with MobileQuant (Tan et al., EMNLP 2024).
+
+    Args:
+        model: a transformers causal LM of a known family, on one device. It is changed in place at the very end, after
+            everything that can fail; until then it is the teacher and stays as it is.
+        tokenizer: for text datasets; None takes ``config.tokenizer``, then the one saved beside the model.
+        config: preset, data and recipe; see :class:`MobileQuantConfig`.
+        run_dir: folder for the stages' results; wins over ``config.run_dir``. A run that is interrupted resumes there,
+            with the result of an uninterrupted one bit for bit.
+
+    Returns:
+        ``model``, now float32 with integer weights and static activation encodings, ready for ``save_pretrained``.
+
+    Raises:
+        ValueError: unsuitable model, data or config, before any long work.
+        FloatingPointError: tuning diverged. RuntimeError: the result is worse than its start.
+    """
+    from .hf_quantizer import attach
+
+    with prepare(model, tokenizer, config or MobileQuantConfig(), run_dir) as job:
+        student = build_student(model, job.plan)
+        statistics = calibrate(student, job)
+        learnables = transform(model, student, statistics, job)
+        result = learn(model, student, learnables, job)
+        packed = fold_and_round(student, job)
+        del student, learnables
+        install(model, job.plan, packed)
+        job.record(result, nll(model, job.data.validation, job.settings.batch_size))
+    attach(model, job.config)
+    return model
+
+
+def calibrate(student: nn.Module, job: Prepared) -> Statistics:
+    """Stage 10: what every activation of the float model looks like."""
+    if (kept := job.run.load("calibrate")) is not None:
+        return Statistics.from_tensors(kept[0])
+    statistics = collect(student, job.data.train, batch_size=job.settings.batch_size)
+    job.run.save("calibrate", statistics.to_tensors(), {})
+    return statistics
+
+
+def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job: Prepared) -> Learnables:
+    """Stage 20: start values of the transforms, of the activation ranges behind them, and of the clipping."""
+    s = job.settings
+    edges = edges_of(job.plan.family, job.plan.geometry, s.transforms)
+    learnables = Learnables(
+        student, job.plan, edges, smooth_scales(edges, model, statistics.channel_absmax, s.smooth_alpha or 0.0)
+    )
+    if (kept := job.run.load("transform")) is not None:
+        statistics = Statistics.from_tensors(kept[0])
+    elif edges:
+        statistics = collect(student, job.data.train, batch_size=s.batch_size, description="calibrate again")
+    job.run.save("transform", statistics.to_tensors(), {})
+    learnables.set_ranges(student, choose_ranges(job.plan, statistics, s.range_init), learn=s.learn_ranges)
+    if s.learn_clips or s.clip_init != "none":
+        learnables.add_clips(s.clip_init)
+    learnables.release(student)
+    return learnables
+
+
+def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
+    """Stage 30: tune what the recipe learns against the float model; the best validated parameters are kept."""
+    s, data = job.settings, job.data
+    objective = make_objective(s.objective, job.plan, s.top_k)
+    job.before(student)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        return objective(student, model, ids)
+
+    shared: dict[str, Any] = {"batch_size": s.batch_size, "rates": job.rates, "seed": s.seed}
+    if (kept := job.run.load("learn")) is not None:
+        learnables.load_state_dict(kept[0])
+        result = LearnResult.from_dict(kept[1])
+    elif s.tuning == "block-wise":
+        result = learn_blockwise(
+            learnables, student, model, job.plan, loss_of, data.train, data.validation, steps=s.steps, **shared
+        )
+    else:
+        result = learn_end_to_end(
+            learnables,
+            student,
+            loss_of,
+            data.train,
+            data.validation,
+            steps=s.steps,
+            eval_every=s.eval_every,
+            resume=job.run.load_progress("learn"),
+            snapshot=lambda tensors, meta: job.run.save_progress("learn", tensors, meta),
+            **shared,
+        )
+    job.run.save("learn", learnables.state_dict(), vars(result))
+    learnables.release(student)
+    result.refuse_if_worse()
+    return result
+
+
+def fold_and_round(student: nn.Module, job: Prepared) -> Packed:
+    """Stage 40: integers."""
+    if (kept := job.run.load("pack")) is not None:
+        return Packed.from_tensors(kept[0])
+    packed = pack(student, job.plan)
+    job.run.save("pack", packed.to_tensors(), {})
+    return packed

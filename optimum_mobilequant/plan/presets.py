@@ -1,0 +1,121 @@
+"""Presets: the bits of each role. A preset is a table; adding one is adding a row to PRESETS.
+
+Source: MobileQuant (Tan et al., EMNLP 2024), section 4.1 and appendix; the rows that paper leaves in float (residual
+adds, scores, embedding output, final norm, logits) are filled with 16 bits so that the graph is integer only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """How the weights of one role are stored: ``granularity`` is ``"channel"`` (output rows) or ``"tensor"``."""
+
+    bits: int
+    symmetric: bool = True
+    granularity: str = "channel"
+
+
+# Roles of activations, in the order of the data flow.
+BASE_ACTIVATIONS: dict[str, int] = {
+    "embedding": 16,
+    "rope_table": 16,  # cos and sin, fixed int16 Q1.14
+    "residual": 16,
+    "norm": 8,
+    "query_raw": 16,  # input of a q/k norm, where the family has one
+    "key_raw": 16,
+    "query": 8,
+    "key": 8,
+    "value": 8,
+    "query_rotated": 8,
+    "key_rotated": 8,
+    "scores": 16,
+    "probabilities": 16,  # fixed [0, 1]
+    "context": 8,
+    "attention_out": 16,
+    "gate": 8,
+    "activation": 8,
+    "up": 8,
+    "product": 8,
+    "mlp_out": 16,
+    "final_norm": 16,
+    "logits": 16,
+}
+
+_LINEAR_ROLES = ("attention", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Resolved bits of every role, as stored in a checkpoint.
+
+    Args:
+        weights: role -> rule, for the roles attention, gate, up, down, head, embedding, gain.
+        activations: role -> bits (8 or 16), for every role of ``BASE_ACTIVATIONS``.
+        summary: one line for people.
+    """
+
+    weights: Mapping[str, WeightRule]
+    activations: Mapping[str, int]
+    summary: str = field(default="", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "weights": {role: asdict(rule) for role, rule in self.weights.items()},
+            "activations": dict(self.activations),
+            "summary": self.summary,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a role is missing or unknown, or bits are not supported (a damaged or foreign config).
+        """
+        weights = {role: WeightRule(**rule) for role, rule in data["weights"].items()}
+        activations = {role: int(bits) for role, bits in data["activations"].items()}
+        for name, given, known in (
+            ("weights", set(weights), {*_LINEAR_ROLES, "head", "embedding", "gain"}),
+            ("activations", set(activations), set(BASE_ACTIVATIONS)),
+        ):
+            if given != known:
+                raise ValueError(
+                    f"the scheme's {name} do not fit this version: missing {sorted(known - given)}, "
+                    f"unknown {sorted(given - known)}"
+                )
+        if bad := {role: bits for role, bits in activations.items() if bits not in (8, 16)}:
+            raise ValueError(f"activation bits must be 8 or 16, not {bad}")
+        if bad_rules := {role: rule for role, rule in weights.items() if rule.bits not in (4, 8, 16)}:
+            raise ValueError(f"weight bits must be 4, 8 or 16, not {bad_rules}")
+        return cls(weights, activations, data.get("summary", ""))
+
+
+def _scheme(rule: WeightRule, summary: str, activations: Mapping[str, int] | None = None, **roles: WeightRule) -> Scheme:
+    weights = dict.fromkeys(_LINEAR_ROLES, rule)
+    # The table is read by row and the head by row: 8 bits each, whatever the layers use. Gains are 16-bit constants.
+    weights |= {"head": WeightRule(8), "embedding": WeightRule(8), "gain": WeightRule(16, granularity="tensor")}
+    return Scheme(weights | roles, BASE_ACTIVATIONS | dict(activations or {}), summary)
+
+
+# The second operand of an activation x activation matmul stays at 8 bits: that is what the hardware multiplies.
+_ALL_16 = dict.fromkeys(BASE_ACTIVATIONS, 16) | {"key_rotated": 8, "value": 8}
+_ALL_8 = dict.fromkeys(BASE_ACTIVATIONS, 8) | {"rope_table": 16}
+
+PRESETS: dict[str, Scheme] = {
+    "w8a8": _scheme(WeightRule(8), "8-bit weights, 8-bit activations, 16-bit residual and softmax"),
+    "w4a8": _scheme(WeightRule(4), "4-bit symmetric per-channel weights, activations as w8a8 (the deployable form)"),
+    "w4a8-asym": _scheme(WeightRule(4, symmetric=False), "4-bit asymmetric per-channel weights, as in the paper"),
+    "w8a8-paper": _scheme(
+        WeightRule(8, symmetric=False, granularity="tensor"),
+        "8-bit asymmetric per-tensor weights (down per channel), as in the paper",
+        down=WeightRule(8, symmetric=False),
+    ),
+    "w8a16": _scheme(WeightRule(8), "8-bit weights, 16-bit activations, 8-bit KV cache", _ALL_16),
+    "w4a16": _scheme(WeightRule(4), "4-bit weights, 16-bit activations, 8-bit KV cache", _ALL_16),
+    "w8a8-full": _scheme(WeightRule(8), "8-bit weights, every activation 8-bit", _ALL_8),
+}

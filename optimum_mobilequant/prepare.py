@@ -1,0 +1,250 @@
+"""Around the method: input checks before any long work, the run's surroundings, and the record of what it measured."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version as package_version
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .config import MobileQuantConfig
+from .data import CalibrationData, calibration_data
+from .families import family_of, geometry_of
+from .plan import Plan, build_plan
+from .recipes import Settings
+from .run_dir import RunDirectory, fingerprint_of
+from .tune import LearnResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Prepared:
+    """A checked job. As a context manager it puts the model into the state tuning needs (float32, eval, no gradients,
+    on the run's device) and, if anything fails inside, back into the state it came in."""
+
+    model: PreTrainedModel
+    config: MobileQuantConfig
+    settings: Settings
+    plan: Plan
+    data: CalibrationData
+    run: RunDirectory
+    started: float = field(default_factory=time.monotonic)
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Prepared:
+        self.float_nll = self.start_nll = math.nan
+        self._stack = ExitStack()
+        # The caller may sit under no_grad or inference_mode; learning needs neither.
+        self._stack.enter_context(torch.inference_mode(False))
+        self._stack.enter_context(torch.no_grad())
+        self._before = (self.model.dtype, self.model.device, self.model.training)
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if self.model.dtype != torch.float32:
+            logger.info(f"working in float32; the model came in {self.model.dtype}")
+        self.model.to(device=self.config.device or self.model.device, dtype=torch.float32)
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        estimate = memory_estimate(self.plan, self.settings)
+        self.recorded["memory_estimate_bytes"] = estimate
+        logger.info(f"about {estimate / 2**30:.2f} GiB of memory will be used; {self.data.description}")
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        dtype, device, training = self._before
+        if kind is not None:
+            self.model.to(device=device, dtype=dtype).train(training)
+            for parameter in self._trainable:
+                parameter.requires_grad_(True)
+        else:
+            self.model.to(device)
+        self._stack.close()
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Start learning rate of each parameter group; 0 where the recipe does not learn it."""
+        s = self.settings
+        return {
+            "transforms": s.lr_transforms if s.learn_transforms else 0.0,
+            "clips": s.lr_clips if s.learn_clips else 0.0,
+            "ranges": s.lr_ranges if s.learn_ranges else 0.0,
+        }
+
+    def before(self, student: nn.Module) -> None:
+        """Measure the float model and the untuned student on the validation text."""
+        self.float_nll = nll(self.model, self.data.validation, self.settings.batch_size)
+        self.start_nll = nll(student, self.data.validation, self.settings.batch_size)
+        if not math.isfinite(self.float_nll):
+            raise ValueError("the float model's loss on the validation text is not finite; check model and tokenizer")
+        logger.info(f"validation perplexity: float {math.exp(self.float_nll):.4f}, start {math.exp(self.start_nll):.4f}")
+
+    def record(self, result: LearnResult, final_nll: float) -> None:
+        """Fill ``config.recorded`` with what the run measured."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if torch.cuda.is_available() and str(self.config.device or "").startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated()
+        self.recorded |= {
+            "versions": versions(),
+            "data": self.data.description,
+            "data_sha256": self.data.sha256,
+            "validation_perplexity": {
+                "float": math.exp(self.float_nll),
+                "start": math.exp(self.start_nll),
+                "quantized": math.exp(final_nll),
+            },
+            "loss": {"objective": self.settings.objective, "start": result.start, "best": result.best},
+            "best_step": result.best_step,
+            "history": result.history,
+            "minutes": round((time.monotonic() - self.started) / 60, 3),
+            "peak_memory_bytes": peak,
+        }
+        self.config.recorded = self.recorded
+        values = self.recorded["validation_perplexity"]
+        logger.info(
+            f"validation perplexity: float {values['float']:.4f}, start {values['start']:.4f}, quantized "
+            f"{values['quantized']:.4f}; {self.recorded['minutes']:.1f} minutes, peak memory {peak / 2**30:.2f} GiB"
+        )
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: MobileQuantConfig,
+    run_dir: str | None,
+) -> Prepared:
+    """Check model, config and data against each other and open the run directory.
+
+    Raises:
+        ValueError: no dataset; unknown family; preset and overrides that fit no tensor; weights that are not finite,
+            missing, offloaded or already quantized; too little text.
+    """
+    settings = config.resolve()
+    if config.dataset is None:
+        raise ValueError(
+            "static activation ranges need calibration text: give dataset=... (a .txt/.jsonl/.parquet path, a list of "
+            'texts or token ids, a Hub dataset, or "python-stdlib" for text that every Python carries)'
+        )
+    check_model(model)
+    family = family_of(model, config.family)
+    geometry = geometry_of(model, family)
+    plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model, config)
+    positions = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
+    data = calibration_data(
+        config.dataset,
+        tokenizer,
+        samples=settings.samples,
+        seq_len=min(settings.seq_len, positions),
+        seed=settings.seed,
+        bos=config.bos,
+        split=config.dataset_split,
+        text_column=config.text_column,
+        vocab_size=geometry.vocabulary,
+    )
+    chosen = run_dir if run_dir is not None else config.run_dir
+    fingerprint = {}
+    if chosen is not None:
+        fingerprint = fingerprint_of(model, data.sha256, config.to_dict())
+    return Prepared(model, config, settings, plan, data, RunDirectory.open(chosen, fingerprint))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be tuned: quantized, offloaded, meta or non-finite weights.
+
+    Raises:
+        ValueError: names the parameter and the fix.
+    """
+    if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", False):
+        if getattr(model.hf_quantizer, "pre_quantized", True):
+            raise ValueError("the model is quantized already; load the float model")
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            "the model is offloaded to disk or split with the CPU; load it with device_map=None (or on one device)"
+        )
+    devices = {p.device for p in model.parameters()}
+    if torch.device("meta") in devices:
+        raise ValueError("the model has weights without data (meta device); load it before quantizing")
+    if len(devices) > 1:
+        raise ValueError(f"the model is spread over {sorted(map(str, devices))}; load it on one device")
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError("the model was loaded under torch.inference_mode(); load it outside, so that it can be tuned")
+        if not parameter.is_floating_point():
+            raise ValueError(f"parameter {name} is {parameter.dtype}: load the float model, not a quantized one")
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"parameter {name} holds values that are not finite; the checkpoint is damaged")
+
+
+def _tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTrainedTokenizerBase | None:
+    from .sources import dataset_kind
+
+    given = config.tokenizer
+    if given is not None and not isinstance(given, str):
+        return given  # type: ignore[no-any-return]
+    if dataset_kind(config.dataset) == "ids":
+        return None
+    from transformers import AutoTokenizer
+
+    name = given or model.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'no tokenizer could be loaded from "{name}"; pass tokenizer=... (an object or a name)'
+        ) from error
+
+
+@torch.no_grad()
+def nll(model: nn.Module, ids: Tensor, batch_size: int) -> float:
+    """Mean next-token negative log-likelihood (nats) within the rows of ``ids``."""
+    device = next(model.buffers()).device
+    total = 0.0
+    for batch in ids.split(batch_size):
+        logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(device), reduction="sum"))
+    return total / ids[:, 1:].numel()
+
+
+def memory_estimate(plan: Plan, settings: Settings) -> int:
+    """Bytes a run needs beyond the interpreter: float32 weights, rounded weights kept for the backward pass, and the
+    activations of one batch (two tensors a quantizer, one without training or with gradient checkpointing)."""
+    g = plan.geometry
+    layer = g.head_dim * (g.heads * 2 + g.kv_heads * 2) * g.hidden + 3 * g.hidden * g.mlp
+    embedding = g.vocabulary * g.hidden * (1 if g.tied else 2)
+    tokens = settings.batch_size * settings.seq_len
+    sites = 8 * g.hidden + 3 * g.head_dim * (g.heads + g.kv_heads) + 5 * g.mlp + 3 * g.heads * settings.seq_len
+    training = settings.steps > 0
+    kept_layers = g.layers if training and not settings.gradient_checkpointing else 1
+    rounded = layer * kept_layers + embedding if training else layer
+    activations = tokens * (sites * kept_layers * (2 if training else 1) + 4 * g.vocabulary)
+    return 4 * (layer * g.layers + embedding + rounded + activations)
+
+
+def versions() -> dict[str, str]:
+    """Versions a result depends on."""
+    from . import __version__
+
+    return {
+        "optimum-mobilequant": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "optimum-quanto": package_version("optimum-quanto"),
+    }

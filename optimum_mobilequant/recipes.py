@@ -1,0 +1,277 @@
+"""The two tables behind ``recipe=`` and ``effort=``, and how they become one set of concrete settings.
+
+A recipe says *what* is done (which transforms, what is learned, against which objective), an effort says *how much*
+(samples, steps). Anything a user sets in the config wins over both; see [`settings_of`].
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SITES = ("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k")
+OBJECTIVES = ("logits_kl", "hidden_mse")
+TUNINGS = ("end-to-end", "block-wise", "none")
+RANGE_INITS = ("minmax", "percentile", "mse")
+CLIP_INITS = ("none", "mse")
+TEACHER_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One quantization method, as data.
+
+    Attributes:
+        transforms: sites (of `SITES`) where a scale moves between producer and consumer; float outputs do not change.
+        smooth_alpha: SmoothQuant migration strength in [0, 1] that the scales start from; None without transforms.
+        learn_transforms, learn_clips, learn_ranges: what training moves: transform scales, weight clipping,
+            activation ranges.
+        range_init: how an activation range starts from calibration statistics.
+        clip_init: how weight clipping starts: not at all, or at the clip of least squared weight error.
+        objective: KL divergence of the logits, or mean squared error of hidden states.
+        tuning: one optimisation of the whole model, one per decoder layer, or none.
+        rounding: how weights reach the grid.
+        lr_transforms, lr_clips, lr_ranges: AdamW learning rates; all three act on logarithms or logits.
+        top_k: teacher logits per token that enter ``logits_kl`` one by one; the rest is one bucket.
+        summary: one line for ``--help`` and the documentation.
+    """
+
+    name: str
+    summary: str
+    transforms: tuple[str, ...] = ()
+    smooth_alpha: float | None = None
+    learn_transforms: bool = False
+    learn_clips: bool = False
+    learn_ranges: bool = False
+    range_init: str = "minmax"
+    clip_init: str = "none"
+    objective: str = "logits_kl"
+    tuning: str = "none"
+    rounding: str = "nearest"
+    lr_transforms: float = 1e-3
+    lr_clips: float = 1e-2
+    lr_ranges: float = 1e-3
+    top_k: int = 256
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much data and how many optimiser steps a run spends.
+
+    Attributes:
+        samples: sequences drawn for calibration and training.
+        seq_len: tokens per sequence (an upper limit: a model with fewer positions lowers it).
+        batch_size: sequences per forward pass and per optimiser step.
+        steps: optimiser steps (for each layer when tuning block-wise); 0 trains nothing.
+        eval_every: steps between two measurements on the validation sequences; 0 without training.
+    """
+
+    name: str
+    summary: str
+    samples: int
+    seq_len: int
+    batch_size: int
+    steps: int
+    eval_every: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number a run needs, none of them optional: recipe defaults <- effort <- the user's own values.
+
+    Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
+    ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms
+    ``smooth_alpha`` is None.
+    """
+
+    recipe: str
+    effort: str
+    seed: int
+    samples: int
+    seq_len: int
+    batch_size: int
+    steps: int
+    eval_every: int
+    transforms: tuple[str, ...]
+    smooth_alpha: float | None
+    learn_transforms: bool
+    learn_clips: bool
+    learn_ranges: bool
+    range_init: str
+    clip_init: str
+    objective: str
+    tuning: str
+    rounding: str
+    lr_transforms: float
+    lr_clips: float
+    lr_ranges: float
+    top_k: int
+    gradient_checkpointing: bool
+    teacher_dtype: str
+
+
+def _table(*rows: T) -> dict[str, T]:
+    return {row.name: row for row in rows}  # type: ignore[attr-defined]
+
+
+RECIPES: dict[str, Recipe] = _table(
+    Recipe("rtn", "round to nearest with static min/max ranges; the baseline every other recipe must beat"),
+    Recipe(
+        "smoothquant",
+        "SmoothQuant at the two norm sites, nothing learned",
+        transforms=("norm_qkv", "norm_mlp"),
+        smooth_alpha=0.5,
+    ),
+    Recipe(
+        "smoothquant-edge",
+        "SmoothQuant extended to up/down and value/output, nothing learned",
+        transforms=("norm_qkv", "norm_mlp", "up_down", "v_o"),
+        smooth_alpha=0.5,
+    ),
+    Recipe(
+        "omniquant-static",
+        "transforms and clipping learned layer by layer, activation ranges fixed",
+        transforms=("norm_qkv", "norm_mlp", "v_o", "q_k"),
+        smooth_alpha=0.5,
+        learn_transforms=True,
+        learn_clips=True,
+        objective="hidden_mse",
+        tuning="block-wise",
+    ),
+    Recipe(
+        "omniquant-edge",
+        "omniquant-static plus the up/down transform",
+        transforms=("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k"),
+        smooth_alpha=0.5,
+        learn_transforms=True,
+        learn_clips=True,
+        objective="hidden_mse",
+        tuning="block-wise",
+    ),
+    Recipe(
+        "mobilequant",
+        "transforms, clipping and activation ranges learned together, end to end",
+        transforms=("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k"),
+        smooth_alpha=0.5,
+        learn_transforms=True,
+        learn_clips=True,
+        learn_ranges=True,
+        clip_init="mse",
+        objective="logits_kl",
+        tuning="end-to-end",
+    ),
+)
+
+EFFORTS: dict[str, Effort] = _table(
+    Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0),
+    Effort("light", "a first look", 64, 256, 8, 100, 25),
+    Effort("default", "the usual trade", 128, 256, 8, 300, 50),
+    Effort("best", "when the result matters more than the wait", 512, 1024, 8, 2000, 100),
+)
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is not in a table: the nearest known name, then all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ";"
+    return f'{kind} "{name}" is unknown{hint} known: {", ".join(known)}'
+
+
+def lookup(kind: str, table: Mapping[str, T], name: object) -> T:
+    """``table[name]``, or a ValueError that names the nearest key and lists them all."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    raise ValueError(unknown_name(kind, name, table))
+
+
+_LEARNED = {"learn_transforms": "lr_transforms", "learn_clips": "lr_clips", "learn_ranges": "lr_ranges"}
+
+
+def _why_untrained(recipe: Recipe, effort: Effort, values: Mapping[str, Any]) -> str | None:
+    """The reason why these values train nothing, with the way out; None if they train something."""
+    if recipe.tuning == "none":
+        return f'recipe "{recipe.name}" trains nothing; use recipe="mobilequant" (or another recipe that learns)'
+    if values["tuning"] == "none":
+        return 'tuning="none" trains nothing; leave tuning unset'
+    if effort.steps == 0:
+        return f'effort="{effort.name}" runs no optimiser step; use effort="light" or more'
+    if values["steps"] == 0:
+        return "steps=0 runs no optimiser step; leave steps unset"
+    if not any(values[name] for name in _LEARNED):
+        return f"{', '.join(_LEARNED)} are all off, so nothing is trained; switch one on"
+    return None
+
+
+def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], *, seed: int = 0) -> Settings:
+    """Concrete settings: recipe defaults, then the effort, then the user's choices.
+
+    Two values follow from others when left unset: block-wise tuning minimises ``hidden_mse`` (one layer has no
+    logits), and choices that train nothing (a training-free recipe, ``effort="none"``, ``steps=0``) switch all
+    learning off.
+
+    Args:
+        recipe_name: key of `RECIPES`.
+        effort_name: key of `EFFORTS`.
+        choices: values by the name of a [`Settings`] attribute; None counts as unset.
+        seed: passed through.
+
+    Raises:
+        ValueError: unknown recipe or effort, or choices that contradict each other: asking for something that the
+            other choices rule out is refused, never ignored.
+    """
+    recipe, effort = lookup("recipe", RECIPES, recipe_name), lookup("effort", EFFORTS, effort_name)
+    asked = {name: value for name, value in choices.items() if value is not None}
+    values: dict[str, Any] = {
+        name: asked.get(name, getattr(effort if hasattr(effort, name) else recipe, name))
+        for name in Settings.__dataclass_fields__
+        if hasattr(recipe, name) or hasattr(effort, name)
+    }
+    values["transforms"] = tuple(values["transforms"])
+    values["learn_transforms"] = values["learn_transforms"] and bool(values["transforms"])
+
+    if not values["transforms"]:
+        for name in ("smooth_alpha", "learn_transforms"):
+            if asked.get(name) not in (None, False):
+                raise ValueError(f'{name}={asked[name]} has no transform to act on; set transforms=["norm_qkv", ...]')
+        values["smooth_alpha"] = None
+    elif values["smooth_alpha"] is None:
+        raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
+
+    reason = _why_untrained(recipe, effort, values)
+    if reason is not None:
+        needs_training = (*_LEARNED, *_LEARNED.values(), "steps", "objective", "top_k", "gradient_checkpointing")
+        ignored = [name for name in needs_training if asked.get(name)]
+        ignored += ["tuning"] if asked.get("tuning", "none") != "none" else []
+        if ignored:
+            raise ValueError(f"{ignored[0]}={asked[ignored[0]]!r} would have no effect: {reason}")
+        values.update(steps=0, eval_every=0, tuning="none", **dict.fromkeys(_LEARNED, False))
+    else:
+        for learns, rate in _LEARNED.items():
+            if rate in asked and not values[learns]:
+                raise ValueError(f"{rate}={asked[rate]} would have no effect: {learns} is off; set {learns}=True")
+        if values["tuning"] == "block-wise":
+            if asked.get("objective") == "logits_kl":
+                raise ValueError(
+                    'objective="logits_kl" needs the logits, which one layer does not have; '
+                    'use objective="hidden_mse" or tuning="end-to-end"'
+                )
+            values["objective"] = "hidden_mse"
+        if "top_k" in asked and values["objective"] != "logits_kl":
+            raise ValueError(f'top_k={asked["top_k"]} would have no effect: it belongs to objective="logits_kl"')
+        values["eval_every"] = max(1, min(values["eval_every"] or values["steps"], values["steps"]))
+
+    return Settings(
+        **{
+            **values,
+            "recipe": recipe.name,
+            "effort": effort.name,
+            "seed": seed,
+            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", False)),
+            "teacher_dtype": asked.get("teacher_dtype", "float32"),
+        }
+    )

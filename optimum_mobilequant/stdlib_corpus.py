@@ -1,0 +1,54 @@
+"""Text that every Python installation carries: the standard library's sources and documentation.
+
+It is the calibration set of last resort (``dataset="python-stdlib"``, no network, no download) and the corpus on which
+the embedded demo model is trained. Files are split by the hash of their name, so the training and the held-out part
+stay disjoint across Python versions and machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+# Vendored, generated or test material: large, repetitive, or missing from some distributions.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+_HELD_OUT_SHARE = 20  # one file in twenty
+
+
+def _is_held_out(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_SHARE == 0
+
+
+def stdlib_texts(split: str = "train") -> list[str]:
+    """Texts of the running interpreter's standard library, in a fixed order.
+
+    Args:
+        split: ``"train"`` (19 files in 20) or ``"test"`` (the held-out rest).
+
+    Returns:
+        One string for each source file and each documentation topic, ordered by the hash of its name.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: the interpreter carries no standard-library sources (a frozen or stripped build).
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    root = Path(sysconfig.get_path("stdlib"))
+    named: dict[str, str] = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and relative.parts[0] != "pydoc_data":
+            named[relative.as_posix()] = path.read_text(encoding="utf-8", errors="ignore")
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave the documentation out
+        topics = {}
+    named.update({f"pydoc_data/{key}": text for key, text in topics.items()})
+    if not named:
+        raise FileNotFoundError(
+            f"no Python sources under {root}: this interpreter ships without them; give a text file as dataset instead"
+        )
+    wanted = [name for name in named if _is_held_out(name) == (split == "test") and named[name].strip()]
+    return [named[name] for name in sorted(wanted, key=lambda n: hashlib.sha256(n.encode()).hexdigest())]

@@ -1,0 +1,142 @@
+"""Where the network can be rescaled without changing its function.
+
+An :class:`Edge` is one vector of log-scales and the tensors it acts on: producers are divided by the scale, consumers
+multiplied. Indices express what must be shared for the rescaling to be exact: query heads of one KV head, and the two
+dims of a rotary pair (a rotation mixes them, so different scales would not commute with it).
+
+Sites (MobileQuant section 3.1; SmoothQuant, Xiao et al. 2023, for the norm sites; OmniQuant, Shao et al. 2024, for v/o
+and q/k; cross-layer equalization, Nagel et al. 2019, for up/down)::
+
+    norm_qkv   input norm gain -> q, k, v columns
+    norm_mlp   second norm gain -> gate, up columns
+    up_down    up rows -> down columns       exact: act(gate) * up is linear in up
+    v_o        v rows -> o columns           shared by the query heads of a KV head
+    q_k        q rows <-> k rows             shared as v_o, tied per rotary pair; in the gains where q/k norms exist
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..families import Family, Geometry
+
+
+SITES = ("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edge does to one module.
+
+    Args:
+        module: dotted path of a linear or a norm.
+        dim: ``"rows"`` (weight rows and bias; a norm's gain and bias) or ``"columns"``.
+        sign: -1 divides by the scale, +1 multiplies.
+        index: int64, element of the edge's vector for each row or column; None for the identity.
+    """
+
+    module: str
+    dim: str
+    sign: int
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One vector of log-scales.
+
+    Args:
+        name: ``<layer path>.<site>``. size: number of scales.
+        effects: all tensors that move together.
+        activation: quantizer whose per-channel magnitude the scale divides, or None (q_k: two activations trade).
+    """
+
+    name: str
+    site: str
+    size: int
+    effects: tuple[Effect, ...]
+    activation: str | None
+
+
+def edges_of(family: Family, geometry: Geometry, sites: Sequence[str]) -> list[Edge]:
+    """All edges of the chosen sites, layer by layer.
+
+    Raises:
+        ValueError: unknown site.
+    """
+    if unknown := set(sites) - set(SITES):
+        raise ValueError(f"unknown transform sites {sorted(unknown)}; known: {', '.join(SITES)}")
+    edges: list[Edge] = []
+    for i in range(geometry.layers):
+        layer = family.layer(i)
+        for site in (s for s in SITES if s in sites):
+            size, effects, activation = _BUILDERS[site](family, geometry, i)
+            edges.append(Edge(f"{layer}.{site}", site, size, tuple(effects), activation))
+    return edges
+
+
+_Built = tuple[int, list[Effect], "str | None"]
+
+
+def _norm_qkv(f: Family, g: Geometry, i: int) -> _Built:
+    norm, readers = f.layer(i, f.input_norm), [f.layer(i, part) for part in (f.query, f.key, f.value)]
+    return g.hidden, [Effect(norm, "rows", -1), *(Effect(r, "columns", 1) for r in readers)], f"{norm}.output"
+
+
+def _norm_mlp(f: Family, g: Geometry, i: int) -> _Built:
+    norm, readers = f.layer(i, f.mlp_norm), [f.layer(i, part) for part in (f.gate, f.up)]
+    return g.hidden, [Effect(norm, "rows", -1), *(Effect(r, "columns", 1) for r in readers)], f"{norm}.output"
+
+
+def _up_down(f: Family, g: Geometry, i: int) -> _Built:
+    down = f.layer(i, f.down)
+    return g.mlp, [Effect(f.layer(i, f.up), "rows", -1), Effect(down, "columns", 1)], f"{down}.input"
+
+
+def _v_o(f: Family, g: Geometry, i: int) -> _Built:
+    effects = [
+        Effect(f.layer(i, f.value), "rows", -1),
+        Effect(f.layer(i, f.out), "columns", 1, _by_query_head(g, torch.arange(g.head_dim), g.head_dim)),
+    ]
+    return g.kv_heads * g.head_dim, effects, f"{f.layer(i, f.attention)}.context"
+
+
+def _q_k(f: Family, g: Geometry, i: int) -> _Built:
+    dims = rotary_pairs(g.head_dim, g.rotary_dims)
+    per_head = int(dims.max()) + 1
+    if f.query_norm and f.key_norm:  # one gain vector serves all heads
+        attention = f.layer(i, f.attention)
+        effects = [
+            Effect(f"{attention}.{f.query_norm}", "rows", -1, dims),
+            Effect(f"{attention}.{f.key_norm}", "rows", 1, dims),
+        ]
+        return per_head, effects, None
+    key_index = (torch.arange(g.kv_heads)[:, None] * per_head + dims).reshape(-1)
+    effects = [
+        Effect(f.layer(i, f.query), "rows", -1, _by_query_head(g, dims, per_head)),
+        Effect(f.layer(i, f.key), "rows", 1, key_index),
+    ]
+    return g.kv_heads * per_head, effects, None
+
+
+_BUILDERS = {"norm_qkv": _norm_qkv, "norm_mlp": _norm_mlp, "up_down": _up_down, "v_o": _v_o, "q_k": _q_k}
+
+
+def rotary_pairs(head_dim: int, rotary_dims: int) -> Tensor:
+    """Element of a tied q/k scale for each dim of a head, int64 ``[head_dim]``.
+
+    Dims i and i + rotary_dims / 2 rotate together and share one; the dims past ``rotary_dims`` do not rotate and have
+    their own.
+    """
+    half = rotary_dims // 2
+    rotating = torch.arange(rotary_dims) % half if half else torch.empty(0, dtype=torch.int64)
+    return torch.cat([rotating, half + torch.arange(head_dim - rotary_dims)])
+
+
+def _by_query_head(g: Geometry, dims: Tensor, per_head: int) -> Tensor:
+    kv_head = torch.arange(g.heads) // g.groups
+    return (kv_head[:, None] * per_head + dims).reshape(-1)

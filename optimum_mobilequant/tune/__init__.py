@@ -1,0 +1,9 @@
+"""Learn transforms, weight clipping and activation ranges against the float teacher."""
+
+from .blockwise import learn_blockwise
+from .loop import LearnResult, learn_end_to_end
+from .parameters import Learnables
+from .student import build_student
+
+
+__all__ = ["LearnResult", "Learnables", "build_student", "learn_blockwise", "learn_end_to_end"]

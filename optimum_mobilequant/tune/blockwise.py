@@ -1,0 +1,110 @@
+"""Block-wise tuning: each decoder layer against the float layer, in order (OmniQuant, Shao et al. 2024)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import Plan
+from .loop import LearnResult, Loss, learn_end_to_end
+from .objective import normalised_mse
+from .parameters import Learnables
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the first layer's inputs are known."""
+
+
+@torch.no_grad()
+def _layer_inputs(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    hidden: list[Tensor] = []
+    options: list[dict[str, Any]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0])
+        options.append(kwargs)
+        raise _Stop
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for ids in batches:
+            try:
+                model(input_ids=ids, use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        hook.remove()
+    return hidden, options
+
+
+def learn_blockwise(
+    learnables: Learnables,
+    student: nn.Module,
+    teacher: nn.Module,
+    plan: Plan,
+    loss_of: Loss,
+    train: Tensor,
+    validation: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    rates: dict[str, float],
+    seed: int,
+) -> LearnResult:
+    """Tune each layer for ``steps`` steps on MSE(float layer on float input, quantized layer on quantized input).
+
+    Equal data to end-to-end tuning of the same ``steps``: every layer sees the same number of sequences.
+
+    Args:
+        loss_of: the whole model's objective, by which start and end are compared.
+    """
+
+    @torch.no_grad()
+    def validate() -> float:
+        losses = [loss_of(ids.to(device)) * len(ids) for ids in validation.split(batch_size)]
+        return float(torch.stack(losses).sum() / len(validation))
+
+    started = time.monotonic()
+    device = next(student.buffers()).device
+    batches = [ids.to(device) for ids in train.split(batch_size)]
+    held_out = [ids.to(device) for ids in validation.split(batch_size)]
+    layers = plan.geometry.layers
+    path = plan.family.layer(0)
+    learnables.release(student)
+    start = validate()
+    float_in, float_options = _layer_inputs(teacher, teacher.get_submodule(path), batches + held_out)
+    quant_in, quant_options = _layer_inputs(student, student.get_submodule(path), batches + held_out)
+    for i in range(layers):
+        teacher_layer, layer = (m.get_submodule(plan.family.layer(i)) for m in (teacher, student))
+        with torch.no_grad():
+            target = [teacher_layer(h, **o) for h, o in zip(float_in, float_options, strict=True)]
+
+        def block_loss(index: Tensor, layer: nn.Module = layer, target: list[Tensor] = target) -> Tensor:
+            # "ids" of this loop are numbers of cached batches.
+            losses = [normalised_mse(layer(quant_in[j].clone(), **quant_options[j]), target[j]) for j in index.tolist()]
+            return torch.stack(losses).mean()
+
+        learn_end_to_end(
+            learnables,
+            student,
+            block_loss,
+            torch.arange(len(batches)),
+            torch.arange(len(batches), len(batches) + len(held_out)),
+            steps=steps,
+            batch_size=1,
+            eval_every=max(1, steps // 4),
+            rates=rates,
+            seed=seed + i,
+            prefix=plan.family.layer(i) + ".",
+            description=f"learn layer {i + 1}/{layers}",
+        )
+        learnables.bind(student)
+        with torch.no_grad():
+            quant_in = [layer(h.clone(), **o) for h, o in zip(quant_in, quant_options, strict=True)]
+        float_in = target
+    learnables.release(student)
+    best = validate()
+    return LearnResult(start, best, steps, time.monotonic() - started, [(0, start), (steps, best)])

@@ -1,0 +1,187 @@
+"""The end-to-end training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .parameters import Learnables
+
+
+logger = logging.get_logger(__name__)
+
+# Rates fall along a cosine to this share of their start (paper: 1e-3 -> 1e-4).
+FINAL_RATE = 0.1
+
+
+@dataclass
+class LearnResult:
+    """Losses of a tuning run: ``history`` holds (step, validation loss); ``start`` and ``best`` are validation losses."""
+
+    start: float
+    best: float
+    best_step: int
+    seconds: float
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LearnResult:
+        """Inverse of ``vars``, through JSON."""
+        result = cls(**data)
+        result.history = [(int(step), float(value)) for step, value in result.history]
+        return result
+
+    def refuse_if_worse(self) -> None:
+        """Raise RuntimeError when the validation loss ended above its start."""
+        if self.best > self.start:
+            raise RuntimeError(
+                f"tuning made the model worse: validation loss {self.start:.5g} -> {self.best:.5g}. Lower the learning "
+                f"rates (lr_transforms, lr_clips, lr_ranges), give more text, or use tuning=\"end-to-end\", which keeps "
+                f"the best state it has seen"
+            )
+
+
+Loss = Callable[[Tensor], Tensor]
+Snapshot = Callable[[dict[str, Tensor], dict[str, Any]], None]
+
+
+def learn_end_to_end(
+    learnables: Learnables,
+    student: nn.Module,
+    loss_of: Loss,
+    train: Tensor,
+    validation: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    eval_every: int,
+    rates: dict[str, float],
+    seed: int,
+    resume: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    snapshot: Snapshot | None = None,
+    prefix: str = "",
+    description: str = "learn",
+) -> LearnResult:
+    """Minimise ``loss_of`` with AdamW; leave the best validated parameters in ``learnables``.
+
+    The batch of step n depends on (seed, n) alone and the snapshot holds parameters, moments and the best state, so an
+    interrupted run that resumes ends bitwise where an uninterrupted one ends.
+
+    Args:
+        loss_of: ids ``[batch, length]`` -> 0-dim loss, for the parameters as bound.
+        train, validation: int64 ``[sequences, length]``.
+        eval_every: steps between validations; a snapshot is taken at each.
+        rates: start rates of the groups transforms, clips, ranges (0 freezes a group).
+        prefix: train only the parameters of modules below this path (block-wise tuning).
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; names the step and the remedy.
+    """
+    groups = learnables.groups(rates, prefix)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0) if groups else None
+    device = next(student.buffers()).device
+    started = time.monotonic()
+
+    @torch.no_grad()
+    def validate() -> float:
+        learnables.bind(student)
+        losses = [loss_of(ids.to(device)) * len(ids) for ids in validation.split(batch_size)]
+        value = float(torch.stack(losses).sum() / len(validation))
+        if not math.isfinite(value):
+            raise FloatingPointError("the validation loss is not finite; lower the learning rates or check the model")
+        return value
+
+    first, result, best = 0, LearnResult(0.0, 0.0, 0, 0.0), _state(learnables)
+    if resume is not None:
+        first, result, best = _restore(learnables, optimizer, *resume)
+        started -= result.seconds
+    else:
+        result.start = result.best = validate()
+        result.history.append((0, result.start))
+    if optimizer is None:
+        return result
+
+    bar = tqdm(range(first, steps), desc=description, initial=first, total=steps, leave=False,
+               disable=not logging.is_progress_bar_enabled())  # fmt: skip
+    with torch.enable_grad():
+        for step in bar:
+            progress = step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = rates[group["name"]] * (
+                    FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+                )
+            ids = train[batch_index(len(train), batch_size, step, seed)].to(device)
+            learnables.bind(student)
+            loss = loss_of(ids)
+            loss.backward()
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower the learning rates")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            learnables.clamp()
+            done = step + 1
+            if done % eval_every == 0 or done == steps:
+                value = validate()
+                result.history.append((done, value))
+                if value < result.best:
+                    result.best, result.best_step, best = value, done, _state(learnables)
+                result.seconds = time.monotonic() - started
+                bar.set_postfix(validation=f"{value:.4g}", start=f"{result.start:.4g}")
+                if snapshot is not None and done < steps:
+                    snapshot(*_snapshot(learnables, optimizer, best, done, result))
+    learnables.load_state_dict(best)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def batch_index(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Rows of batch ``step``: passes over seeded permutations, a new one each epoch; a function of its arguments only."""
+    rows: list[Tensor] = []
+    position, wanted = step * batch_size, min(batch_size, count)
+    while wanted > 0:
+        epoch, offset = divmod(position, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows.append(order[offset : offset + wanted])
+        position, wanted = position + len(rows[-1]), wanted - len(rows[-1])
+    return torch.cat(rows)
+
+
+def _state(learnables: Learnables) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in learnables.state_dict().items()}
+
+
+def _snapshot(
+    learnables: Learnables, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], step: int, result: LearnResult
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"now.{k}": v for k, v in _state(learnables).items()} | {f"best.{k}": v for k, v in best.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
+    return tensors, {"step": step, "result": vars(result)}
+
+
+def _restore(
+    learnables: Learnables,
+    optimizer: torch.optim.Optimizer | None,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+) -> tuple[int, LearnResult, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
+    for key, tensor in tensors.items():
+        kind, name = key.split(".", 1)
+        parts[kind][name] = tensor
+    learnables.load_state_dict(parts["now"])
+    if optimizer is not None and parts["adam"]:
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in parts["adam"].items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(meta["step"]), LearnResult.from_dict(meta["result"]), parts["best"]

@@ -1,0 +1,86 @@
+"""What the student should reproduce of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..plan import Plan
+
+
+# Positions whose logits are held at once by the KL: bounds memory for large vocabularies.
+_CHUNK = 4096
+
+
+def kl_top_k(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
+    """Mean KL(teacher || student) over positions, on the teacher's ``top_k`` tokens plus one bucket for the tail.
+
+    With ``top_k`` >= vocabulary this is the full divergence (KL-Top: OSTQuant, Hu et al. 2025, with the tail kept so
+    that the student cannot move mass there for free).
+
+    Args:
+        student, teacher: logits ``[..., vocabulary]``.
+
+    Returns:
+        0-dim float32, nats.
+    """
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+    total = student.new_zeros((), dtype=torch.float32)
+    for s, t in zip(student.split(_CHUNK), teacher.split(_CHUNK), strict=True):
+        log_p = F.log_softmax(t.float(), dim=-1)
+        log_q = F.log_softmax(s.float(), dim=-1)
+        if top_k < t.shape[-1]:
+            log_p, index = log_p.topk(top_k, dim=-1)
+            log_q = log_q.gather(-1, index)
+            log_p, log_q = (torch.cat([x, _log_rest(x)], dim=-1) for x in (log_p, log_q))
+        total = total + F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    return total / student.shape[0]
+
+
+def _log_rest(log_p: Tensor) -> Tensor:
+    rest = 1.0 - log_p.exp().sum(-1, keepdim=True)
+    return rest.clamp(min=1e-7).log()
+
+
+def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error relative to the teacher's mean square (0-dim float32)."""
+    teacher = teacher.float()
+    return F.mse_loss(student.float(), teacher) / teacher.square().mean().clamp(min=1e-12)
+
+
+@contextmanager
+def _last_hidden(model: nn.Module, plan: Plan) -> Any:
+    """Collect what enters the final norm: the hidden states after the last decoder layer."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(plan.family.final_norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def make_objective(name: str, plan: Plan, top_k: int) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
+    """The function (student, teacher, ids) -> loss.
+
+    ``"logits_kl"``: :func:`kl_top_k`. ``"hidden_mse"``: squared error after the last decoder layer, before the final
+    norm, the objective of the published method (MobileQuant, section 3.3), here relative to the teacher's mean square.
+    """
+
+    def logits_kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher(input_ids=ids, use_cache=False).logits
+        return kl_top_k(student(input_ids=ids, use_cache=False).logits, target, top_k)
+
+    def hidden_mse(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
+        with torch.no_grad(), _last_hidden(teacher, plan) as target:
+            teacher(input_ids=ids, use_cache=False)
+        with _last_hidden(student, plan) as hidden:
+            student(input_ids=ids, use_cache=False)
+        return normalised_mse(hidden[0], target[0])
+
+    return {"logits_kl": logits_kl, "hidden_mse": hidden_mse}[name]

@@ -1,0 +1,163 @@
+"""The three groups of learned parameters: transforms, weight clipping, activation ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Mode, Quantizer, quantizers_of, set_mode
+from ..nn.modules import QuantLinear
+from ..nn.tunable import LogScale, TunableWeight
+from ..numerics.fake import clipped_range, round_straight_through
+from ..numerics.qparams import affine_qparams, affine_scale_and_offset, dequantize, quantize, weight_qparams
+from ..plan import Plan
+from ..transform import Edge
+
+
+# Beyond e^4.6 = 100 a scale only trades one overflow for another.
+MAX_LOG_SCALE = 4.6
+_CLIPPED_ROLES = {"attention", "gate", "up", "down"}
+# sigmoid(4) = 0.982: where OmniQuant and MobileQuant start their clipping logits.
+DEFAULT_CLIP_LOGIT = 4.0
+
+
+class Learnables(nn.Module):
+    """Parameters of the tuning stage, attached to a student.
+
+    Args:
+        scales: ``theta`` of each edge, float32 ``[edge.size]``, natural logarithms.
+        clips: logits for each clipped weight, ``[units, 2]`` (low, high).
+        ranges: ``[sites, 2]``, logarithmic change of the (low, high) end of each learned activation range: steps are
+            relative, so that one learning rate serves an 8-bit scale of 0.1 and a 16-bit scale of 1e-5.
+    """
+
+    def __init__(self, student: nn.Module, plan: Plan, edges: Sequence[Edge], scales: Mapping[str, Tensor]):
+        super().__init__()
+        self.plan = plan
+        self.edges = list(edges)
+        self.scales = nn.ParameterDict({_key(e.name): nn.Parameter(scales[e.name].clone()) for e in edges})
+        self.clips = nn.ParameterDict()
+        self.ranges = nn.Parameter(torch.zeros(0, 2))
+        self._weights: dict[str, TunableWeight] = {}
+        self._sites: list[Quantizer] = []
+        device = next(student.buffers()).device
+        for edge in self.edges:
+            theta = self.scales[_key(edge.name)]
+            for effect in edge.effects:
+                index = None if effect.index is None else effect.index.to(device)
+                module = student.get_submodule(effect.module)
+                scale = LogScale(theta, effect.sign, index)
+                if effect.dim == "columns":
+                    module.weight.columns_log.append(scale)
+                    continue
+                module.weight.rows_log.append(scale)
+                if module.bias is not None:
+                    module.bias.rows_log.append(scale)
+        for name, module in student.named_modules():
+            if isinstance(module, QuantLinear) and isinstance(module.weight, TunableWeight):
+                self._weights[name] = module.weight
+
+    # -- weight clipping ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add_clips(self, init: str) -> None:
+        """Give every projection a clipping logit for each unit; ``init`` is ``"constant"`` or ``"mse"`` (grid search)."""
+        for name, weight in self._weights.items():
+            if weight.spec.role not in _CLIPPED_ROLES:
+                continue
+            logits = _least_error_clip(weight) if init == "mse" else _constant_clip(weight)
+            self.clips[_key(name)] = nn.Parameter(logits)
+            weight.clip = self.clips[_key(name)]
+
+    # -- activation ranges ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_ranges(self, student: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], *, learn: bool) -> None:
+        """Write the start ranges into the quantizers and, if ``learn``, make all but the known ones learnable.
+
+        Score ranges stay as measured: their low end is set by what a hidden position needs.
+        """
+        self._sites = []
+        for quantizer in quantizers_of(student):
+            name = quantizer.spec.name
+            if name in ranges:
+                quantizer.set(*affine_qparams(*ranges[name], quantizer.spec.grid))
+                if learn and quantizer.spec.role != "scores":
+                    self._sites.append(quantizer)
+        device = next(student.buffers()).device
+        ends = [torch.stack(ranges[q.spec.name]).to(device) for q in self._sites]
+        self.start = torch.stack(ends) if ends else torch.zeros(0, 2, device=device)
+        self.steps = torch.tensor([float(q.spec.grid.qmax) for q in self._sites], device=device)
+        self.ranges = nn.Parameter(torch.zeros(len(self._sites), 2, device=device))
+
+    def bind(self, student: nn.Module) -> None:
+        """Hand this step's scales and zero points to the quantizers: one vector computation for all sites."""
+        set_mode(student, Mode.LEARN)
+        if not self._sites:
+            return
+        low, high = (self.start * self.ranges.exp()).unbind(1)
+        scale, offset = affine_scale_and_offset(low, high, 0, self.steps)
+        zero_point = round_straight_through(offset).clamp(torch.zeros_like(self.steps), self.steps)
+        for quantizer, s, z in zip(self._sites, scale.unbind(), zero_point.unbind(), strict=True):
+            quantizer.learned = (s, z)
+
+    @torch.no_grad()
+    def release(self, student: nn.Module) -> None:
+        """Write the learned encodings into the quantizers' buffers and stop learning."""
+        self.bind(student)
+        for quantizer in self._sites:
+            assert quantizer.learned is not None
+            quantizer.set(*quantizer.learned)
+            quantizer.learned = None
+        set_mode(student, Mode.QUANTIZE)
+
+    # -- for the optimizer ----------------------------------------------------------------------------------------
+
+    def groups(self, rates: Mapping[str, float], prefix: str = "") -> list[dict[str, object]]:
+        """Optimizer groups of the parts with a rate above 0 (keys transforms, clips, ranges), limited to ``prefix``."""
+        parts = {
+            "transforms": [p for k, p in self.scales.items() if k.startswith(_key(prefix))],
+            "clips": [p for k, p in self.clips.items() if k.startswith(_key(prefix))],
+            "ranges": [self.ranges] if self.ranges.numel() else [],
+        }
+        for name, parameters in parts.items():
+            for parameter in parameters:
+                parameter.requires_grad_(rates[name] > 0)
+        return [{"params": p, "lr": rates[n], "name": n} for n, p in parts.items() if p and rates[n] > 0]
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep log-scales within their bounds after a step."""
+        for theta in self.scales.values():
+            theta.clamp_(-2 * MAX_LOG_SCALE, 2 * MAX_LOG_SCALE)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # parameter names may not hold dots
+
+
+def _units(weight: TunableWeight) -> int:
+    return weight.shape[0] if weight.spec.per_channel else 1
+
+
+def _constant_clip(weight: TunableWeight) -> Tensor:
+    return torch.full((_units(weight), 2), DEFAULT_CLIP_LOGIT, device=weight.source.device)
+
+
+def _least_error_clip(weight: TunableWeight) -> Tensor:
+    """Logit of the share of each unit's range with the smallest rounding error, out of 0.5 ... 0.99."""
+    folded, spec = weight.folded(), weight.spec
+    best_logit = _constant_clip(weight)
+    best_error = torch.full((_units(weight), 1), float("inf"), device=folded.device)
+    for share in torch.linspace(0.5, 0.99, 50).tolist():
+        logit = torch.full_like(best_logit, torch.logit(torch.tensor(share)).item())
+        ends = clipped_range(folded, logit, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
+        scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
+        error = (dequantize(quantize(folded, scale, zero_point, spec.grid), scale, zero_point) - folded).square()
+        error = error.mean(1, keepdim=True) if spec.per_channel else error.mean().reshape(1, 1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_logit = torch.where(better, logit, best_logit)
+    return best_logit

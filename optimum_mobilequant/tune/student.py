@@ -1,0 +1,39 @@
+"""The student: the model with quantizers and tunable weights, sharing every tensor with the float teacher."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+from torch import nn
+
+from ..nn import swap
+from ..nn.tunable import TunableBias, TunableWeight
+from ..plan import Plan
+
+
+def build_student(model: nn.Module, plan: Plan) -> nn.Module:
+    """Copy the module tree of ``model`` without its tensors and swap the copy.
+
+    The copy costs no memory for weights: tunable weights read the originals. The model itself is left as it is.
+    """
+    # No parameter may collect gradients through the student: only what Learnables adds is trained.
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        shared[id(quantizer)] = quantizer
+    student: nn.Module = copy.deepcopy(model, shared)
+    swap(
+        student,
+        plan,
+        lambda path, weight: TunableWeight(
+            weight.detach(),
+            plan.weights[path],
+            offset=plan.family.gain_offset if plan.weights[path].role == "gain" else 0.0,
+        ),
+        lambda path, bias: TunableBias(bias.detach()),
+    )
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # gradient checkpointing needs train mode; the objective does not want noise
+    return student.eval()

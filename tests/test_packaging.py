@@ -1,0 +1,84 @@
+"""The wheel: its content, its commands and the alias in optimum-cli."""
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from optimum_mobilequant import doctor
+
+ROOT = Path(__file__).parent.parent
+ALIAS = "optimum/commands/register/register_mobilequant.py"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling", reason='the build backend is missing: pip install "optimum-mobilequant[dev]"')
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--disable-pip-version-check", "--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def metadata(wheel, name):
+    (path,) = (path for path in wheel.namelist() if path.endswith(f".dist-info/{name}"))
+    return wheel.read(path).decode()
+
+
+def test_wheel_holds_the_package_and_the_alias_only(wheel):
+    names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    assert ALIAS in names
+    assert "optimum_mobilequant/py.typed" in names
+    assert [name for name in names if not name.startswith("optimum_mobilequant/")] == [ALIAS]
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "optimum_mobilequant").rglob("*.py")}
+    assert modules - set(names) == {"optimum_mobilequant/_optimum_cli.py"}  # its only place is the alias
+
+
+def test_optimum_stays_a_namespace(wheel):
+    assert not [name for name in wheel.namelist() if name.startswith("optimum/") and name.endswith("__init__.py")]
+
+
+def test_wheel_has_the_command_and_the_licence(wheel):
+    entry_points = ConfigParser()
+    entry_points.read_string(metadata(wheel, "entry_points.txt"))
+    assert dict(entry_points["console_scripts"]) == {"mobilequant": "optimum_mobilequant.cli:main"}
+    assert "Apache License" in metadata(wheel, "licenses/LICENSE")
+    assert Parser().parsestr(metadata(wheel, "METADATA"))["License-Expression"] == "Apache-2.0"
+
+
+def test_the_alias_adds_the_same_commands(wheel, tmp_path, capsys):
+    pytest.importorskip("optimum.commands.optimum_cli")
+    from optimum.commands.base import RootOptimumCLICommand
+    from optimum.commands.optimum_cli import register_optimum_cli_subcommand
+
+    path = Path(wheel.extract(ALIAS, tmp_path))
+    spec = importlib.util.spec_from_file_location("register_mobilequant_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
+    (command,) = module.REGISTER_COMMANDS
+    register_optimum_cli_subcommand(command, parent_command=root)
+
+    args = root.parser.parse_args(["mobilequant", "eval", str(tmp_path), "--text", "none.txt"])
+    with pytest.raises(SystemExit) as stopped:
+        args.func(args).run()
+    assert stopped.value.code == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
+def test_optimum_cli_lists_the_alias():
+    if doctor._optimum_cli_file() is None:
+        pytest.skip("the package is not installed with pip here, so optimum-cli does not know it")
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "mobilequant", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("quantize", "eval", "inspect", "doctor"))
