@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-
 __version__ = "0.1.0"
 
 # Public name -> module; resolved on first use, so that importing the package stays cheap.
@@ -22,7 +21,7 @@ _PUBLIC = {
     "MobileQuantConfig": "config",
     "quantize": "pipeline",
     "perplexity": "evaluate.perplexity",
-    "inspect_checkpoint": "inspect_checkpoint",
+    "inspect_checkpoint": "inspection",
 }
 
 __all__ = ["MobileQuantConfig", "__version__", "inspect_checkpoint", "perplexity", "quantize"]
@@ -30,7 +29,7 @@ __all__ = ["MobileQuantConfig", "__version__", "inspect_checkpoint", "perplexity
 if TYPE_CHECKING:
     from .config import MobileQuantConfig
     from .evaluate.perplexity import perplexity
-    from .inspect_checkpoint import inspect_checkpoint
+    from .inspection import inspect_checkpoint
     from .pipeline import quantize
 
 

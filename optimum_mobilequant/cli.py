@@ -185,7 +185,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from optimum_mobilequant.inspect_checkpoint import inspect_checkpoint
+    from optimum_mobilequant.inspection import inspect_checkpoint
 
     listing = inspect_checkpoint(args.checkpoint)
     if args.json:

@@ -15,7 +15,7 @@ from .checkpoint import check_files, scheme_digest, skeleton
 from .checkpoint.files import DIGEST_KEY, check_values
 from .config import MobileQuantConfig
 from .families import family_of, geometry_of
-from .nn import QuantLinear, Quantizer, QWeight
+from .nn import Quantizer, QuantLinear, QWeight
 from .plan import Plan, build_plan
 from .sources import dataset_record
 
@@ -39,7 +39,9 @@ class MobileQuantHfQuantizer(HfQuantizer):
         device_map = kwargs.get("device_map")
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError("mobilequant supports no disk offload or CPU/GPU split; use device_map=None or one device")
+            raise ValueError(
+                "mobilequant supports no disk offload or CPU/GPU split; use device_map=None or one device"
+            )
         if not self.pre_quantized:
             if self.quantization_config.dataset is None:
                 raise ValueError(
@@ -122,13 +124,13 @@ def ignore_sentinel(model: PreTrainedModel, plan: Plan) -> None:
     model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, pattern])
 
 
-def untie(model: PreTrainedModel) -> None:
+def untie(model: Any) -> None:
     """A tied head reads the embedding's table directly, so there is nothing left for transformers to tie."""
     model._tied_weights_keys = None
     model.all_tied_weights_keys = {}
 
 
-def attach(model: PreTrainedModel, config: MobileQuantConfig) -> None:
+def attach(model: Any, config: MobileQuantConfig) -> None:
     """Make an in-memory quantized model saveable: what ``from_pretrained`` would have set on it."""
     config.scheme = config.resolve_scheme().to_dict()
     config.dataset, config.tokenizer, config.run_dir = dataset_record(config.dataset), None, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .calibrate import Statistics, choose_ranges, collect
@@ -46,7 +45,7 @@ def quantize(
     from .hf_quantizer import attach
 
     with prepare(model, tokenizer, config or MobileQuantConfig(), run_dir) as job:
-        student = build_student(model, job.plan)
+        student = build_student(model, job.plan, checkpointing=job.settings.gradient_checkpointing)
         statistics = calibrate(student, job)
         learnables = transform(model, student, statistics, job)
         result = learn(model, student, learnables, job)
@@ -89,7 +88,7 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
 def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
     """Stage 30: tune what the recipe learns against the float model; the best validated parameters are kept."""
     s, data = job.settings, job.data
-    objective = make_objective(s.objective, job.plan, s.top_k)
+    objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
     job.before(student)
 
     def loss_of(ids: Tensor) -> Tensor:

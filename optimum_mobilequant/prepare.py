@@ -56,7 +56,7 @@ class Prepared:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         if self.model.dtype != torch.float32:
             logger.info(f"working in float32; the model came in {self.model.dtype}")
-        self.model.to(device=self.config.device or self.model.device, dtype=torch.float32)
+        self._move(self.config.device or self.model.device, torch.float32)
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -68,12 +68,17 @@ class Prepared:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         dtype, device, training = self._before
         if kind is not None:
-            self.model.to(device=device, dtype=dtype).train(training)
+            self._move(device, dtype)
+            self.model.train(training)
             for parameter in self._trainable:
                 parameter.requires_grad_(True)
         else:
-            self.model.to(device)
+            self._move(device, torch.float32)
         self._stack.close()
+
+    def _move(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        # nn.Module's own: transformers' wrapper of it is untyped and only adds checks for other methods
+        nn.Module.to(self.model, device=device, dtype=dtype)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -91,7 +96,9 @@ class Prepared:
         self.start_nll = nll(student, self.data.validation, self.settings.batch_size)
         if not math.isfinite(self.float_nll):
             raise ValueError("the float model's loss on the validation text is not finite; check model and tokenizer")
-        logger.info(f"validation perplexity: float {math.exp(self.float_nll):.4f}, start {math.exp(self.start_nll):.4f}")
+        logger.info(
+            f"validation perplexity: float {math.exp(self.float_nll):.4f}, start {math.exp(self.start_nll):.4f}"
+        )
 
     def record(self, result: LearnResult, final_nll: float) -> None:
         """Fill ``config.recorded`` with what the run measured."""
@@ -170,9 +177,9 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ValueError: names the parameter and the fix.
     """
-    if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", False):
-        if getattr(model.hf_quantizer, "pre_quantized", True):
-            raise ValueError("the model is quantized already; load the float model")
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.pre_quantized:
+        raise ValueError("the model is quantized already; load the float model")
     places = set(getattr(model, "hf_device_map", {}).values())
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ValueError(
@@ -185,7 +192,9 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"the model is spread over {sorted(map(str, devices))}; load it on one device")
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
-            raise ValueError("the model was loaded under torch.inference_mode(); load it outside, so that it can be tuned")
+            raise ValueError(
+                "the model was loaded under torch.inference_mode(); load it outside, so that it can be tuned"
+            )
         if not parameter.is_floating_point():
             raise ValueError(f"parameter {name} is {parameter.dtype}: load the float model, not a quantized one")
         if not torch.isfinite(parameter).all():
@@ -197,7 +206,7 @@ def _tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTrain
 
     given = config.tokenizer
     if given is not None and not isinstance(given, str):
-        return given  # type: ignore[no-any-return]
+        return given
     if dataset_kind(config.dataset) == "ids":
         return None
     from transformers import AutoTokenizer

@@ -55,7 +55,7 @@ class Recipe:
     lr_transforms: float = 1e-3
     lr_clips: float = 1e-2
     lr_ranges: float = 1e-3
-    top_k: int = 256
+    top_k: int = 1024
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def dataset_record(dataset: Any) -> str | dict[str, Any] | None:
 
 def _ids(row: Any, where: str) -> torch.Tensor:
     try:
-        ids = row.detach().cpu() if isinstance(row, torch.Tensor) else torch.as_tensor(row)
+        ids = row.detach().cpu() if isinstance(row, torch.Tensor) else torch.as_tensor(row, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} is not a flat list of token ids ({error})") from error
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):

@@ -12,7 +12,16 @@ import sysconfig
 from pathlib import Path
 
 # Vendored, generated or test material: large, repetitive, or missing from some distributions.
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "__pycache__",
+}
 _HELD_OUT_SHARE = 20  # one file in twenty
 
 
@@ -43,9 +52,10 @@ def stdlib_texts(split: str = "train") -> list[str]:
             named[relative.as_posix()] = path.read_text(encoding="utf-8", errors="ignore")
     try:
         from pydoc_data.topics import topics
+
+        named.update({f"pydoc_data/{key}": text for key, text in topics.items()})
     except ImportError:  # some distributions leave the documentation out
-        topics = {}
-    named.update({f"pydoc_data/{key}": text for key, text in topics.items()})
+        pass
     if not named:
         raise FileNotFoundError(
             f"no Python sources under {root}: this interpreter ships without them; give a text file as dataset instead"

@@ -3,5 +3,4 @@
 from .collect import Statistics, collect
 from .ranges import choose_ranges
 
-
 __all__ = ["Statistics", "choose_ranges", "collect"]

@@ -11,10 +11,11 @@ from transformers.utils import logging
 
 from ..nn import Mode, quantizers_of, set_mode
 
-
-# Values kept of each activation for the range search: enough for the error of an 8-bit grid to be stable.
-SAMPLE = 1 << 15
-_PER_CHANNEL_ROLES = {"norm", "product", "context"}
+# Values kept of each activation for the range search: an even sample of all, and the extremes of every batch exactly.
+# A sample alone misses the few huge values of first tokens, and a range that cuts those ruins the model.
+SAMPLE = 1 << 14
+TAIL = 128
+_PER_CHANNEL_ROLES = {"norm", "product", "context", "query_rotated", "key_rotated"}
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Statistics:
 
     Args:
         low, high: 0-dim float32 extremes.
-        sample: float32 ``[<= SAMPLE]``, evenly strided values.
+        sample: float32 ``[2, n]``: values, and the number of elements each stands for.
         channel_absmax: float32 ``[channels]`` of the activations that transforms divide.
     """
 
@@ -46,22 +47,34 @@ class Statistics:
 
 
 class _Observer:
-    def __init__(self, per_channel: bool, keep: int):
+    def __init__(self, role: str, keep: int):
         self.low = self.high = torch.tensor(0.0)
         self.absmax: Tensor | None = None
-        self.per_channel = per_channel
+        self.role = role
         self.keep = keep
         self.kept: list[Tensor] = []
+
+    def flat_heads(self, x: Tensor) -> Tensor:
+        """``[..., channels]`` with channels = heads * head_dim: attention tensors arrive with their heads apart."""
+        if x.ndim != 4:
+            return x
+        return x.flatten(2) if self.role == "context" else x.transpose(1, 2).flatten(2)
 
     def update(self, x: Tensor) -> None:
         x = x.float()
         low, high = torch.aminmax(x)
-        self.low, self.high = torch.minimum(self.low.to(low.device), low), torch.maximum(self.high.to(high.device), high)
+        self.low, self.high = (
+            torch.minimum(self.low.to(low.device), low),
+            torch.maximum(self.high.to(high.device), high),
+        )
         flat = x.reshape(-1)
-        self.kept.append(flat[:: max(1, flat.numel() // self.keep)][: self.keep].cpu())
-        if self.per_channel:
-            # A context arrives as [batch, q, heads, head_dim]; the consumer reads heads * head_dim channels.
-            channels = x.flatten(2).abs().amax((0, 1)) if x.ndim == 4 else x.abs().amax(tuple(range(x.ndim - 1)))
+        body = flat[:: max(1, flat.numel() // self.keep)][: self.keep]
+        size = min(TAIL, flat.numel())
+        tails = torch.cat([flat.topk(size).values, flat.topk(size, largest=False).values])
+        weights = torch.cat([torch.full_like(body, flat.numel() / len(body)), torch.ones_like(tails)])
+        self.kept.append(torch.stack([torch.cat([body, tails]), weights]).cpu())
+        if self.role in _PER_CHANNEL_ROLES:
+            channels = self.flat_heads(x).abs().flatten(0, -2).amax(0)
             self.absmax = channels if self.absmax is None else torch.maximum(self.absmax, channels)
 
 
@@ -80,7 +93,7 @@ def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: st
     observers: dict[str, _Observer] = {}
     for quantizer in quantizers_of(student):
         keep = max(1, SAMPLE // len(batches))
-        quantizer.observer = _Observer(quantizer.spec.role in _PER_CHANNEL_ROLES, keep)
+        quantizer.observer = _Observer(quantizer.spec.role, keep)
         observers[quantizer.spec.name] = quantizer.observer
     set_mode(student, Mode.OBSERVE)
     device = next(student.buffers()).device
@@ -100,6 +113,6 @@ def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: st
     return Statistics(
         low={n: o.low.cpu() for n, o in observers.items()},
         high={n: o.high.cpu() for n, o in observers.items()},
-        sample={n: torch.cat(o.kept) for n, o in observers.items()},
+        sample={n: torch.cat(o.kept, dim=1) for n, o in observers.items()},
         channel_absmax={n: o.absmax.cpu() for n, o in observers.items() if o.absmax is not None},
     )

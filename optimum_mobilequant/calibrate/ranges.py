@@ -11,7 +11,6 @@ from ..numerics import affine_qparams, dequantize, quantize
 from ..plan import ActivationSpec, Plan
 from .collect import Statistics
 
-
 # Probability below which a softmax weight rounds to code 0, as distance of its score from the row's maximum.
 _MASK_MARGIN = {8: math.log(2 * 255) + 1, 16: math.log(2 * 65535) + 1}
 # Shares of the observed range tried by the error search.
@@ -43,24 +42,29 @@ def choose_ranges(plan: Plan, statistics: Statistics, method: str) -> dict[str, 
             # The encoding must reach low enough for a hidden position, added as a saturating negative, to vanish.
             low = low - _MASK_MARGIN[plan.activations[name.replace(".scores", ".probabilities")].bits]
         elif spec.bits <= 8 and method != "minmax":
-            low, high = _percentile(statistics.sample[name]) if method == "percentile" else _least_error(
-                statistics.sample[name], low, high, spec
+            low, high = (
+                _percentile(statistics.sample[name])
+                if method == "percentile"
+                else _least_error(statistics.sample[name], low, high, spec)
             )
         ranges[name] = (low, high)
     return ranges
 
 
 def _percentile(sample: Tensor) -> tuple[Tensor, Tensor]:
-    ends = torch.quantile(sample, torch.tensor([1e-4, 1 - 1e-4]))
+    values, order = sample[0].sort()
+    below = sample[1][order].cumsum(0)
+    ends = values[torch.searchsorted(below, below[-1] * torch.tensor([1e-4, 1 - 1e-4])).clamp(max=len(values) - 1)]
     return ends[0].clamp(max=0.0), ends[1].clamp(min=0.0)
 
 
 def _least_error(sample: Tensor, low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+    values, weights = sample
     best, best_error = (low, high), math.inf
     for share in _SHARES:
         scale, zero_point = affine_qparams(low * share, high * share, spec.grid)
-        rounded = dequantize(quantize(sample, scale, zero_point, spec.grid), scale, zero_point)
-        error = float((rounded - sample).square().mean())
+        rounded = dequantize(quantize(values, scale, zero_point, spec.grid), scale, zero_point)
+        error = float(((rounded - values).square() * weights).sum())
         if error < best_error:
             best, best_error = (low * share, high * share), error
     return best

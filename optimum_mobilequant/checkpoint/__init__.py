@@ -3,5 +3,4 @@
 from .files import check_files, scheme_digest
 from .pack import Packed, install, pack, skeleton
 
-
 __all__ = ["Packed", "check_files", "install", "pack", "scheme_digest", "skeleton"]

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-
 # Metadata key of the digest of what decides how integers are read.
 DIGEST_KEY = "mobilequant_scheme"
 
@@ -44,8 +43,8 @@ def check_files(model: nn.Module, files: Iterable[str], config: Mapping[str, Any
         sentinel: the one key that is allowed beside the model's own.
 
     Raises:
-        ValueError: a shard that is truncated or not safetensors, keys missing or unexpected, a shape or dtype that does
-            not fit, or a config that is not the one the file was written with.
+        ValueError: a shard that is truncated or not safetensors, keys missing or unexpected, a shape or dtype that
+            does not fit, or a config that is not the one the file was written with.
     """
     found: dict[str, tuple[str, tuple[int, ...], str]] = {}
     digests: set[str] = set()
@@ -59,7 +58,9 @@ def check_files(model: nn.Module, files: Iterable[str], config: Mapping[str, Any
                     part = shard.get_slice(key)
                     found[key] = (part.get_dtype(), tuple(part.get_shape()), Path(file).name)
         except (SafetensorError, OSError, struct.error) as error:
-            raise ValueError(f"{file} is damaged or truncated ({error}); download or save the checkpoint again") from error
+            raise ValueError(
+                f"{file} is damaged or truncated ({error}); download or save the checkpoint again"
+            ) from error
     found.pop(sentinel, None)
     expected = {k: (_DTYPES[v.dtype], tuple(v.shape)) for k, v in model.state_dict().items()}
     if missing := sorted(expected.keys() - found.keys()):

@@ -16,7 +16,6 @@ from ..numerics import dequantize, quantize
 from ..numerics.qparams import Grid
 from ..plan import Plan
 
-
 _BIAS_GRID = Grid(32, signed=True)
 
 
@@ -48,9 +47,12 @@ class Packed:
             return sorted({key.split("/")[1] for key in tensors if key.startswith(f"{kind}/")})
 
         return cls(
-            {p: tuple(tensors[f"weight/{p}/{n}"] for n in ("codes", "scale", "zero_point")) for p in names("weight")},
+            {p: (*(tensors[f"weight/{p}/{n}"] for n in ("codes", "scale", "zero_point")),) for p in names("weight")},  # type: ignore[misc]
             {p: tensors[f"bias/{p}"] for p in names("bias")},
-            {n: (tensors[f"activation/{n}/scale"], tensors[f"activation/{n}/zero_point"]) for n in names("activation")},
+            {
+                n: (tensors[f"activation/{n}/scale"], tensors[f"activation/{n}/zero_point"])
+                for n in names("activation")
+            },
         )
 
 
@@ -94,7 +96,7 @@ def input_of(plan: Plan, linear: str) -> str:
 
 def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
     """Turn a float model, in place, into the quantized one; each float weight is freed as it is replaced."""
-    device = model.get_submodule(plan.family.final_norm).weight.device
+    device = model.get_parameter(f"{plan.family.final_norm}.weight").device
 
     def make_weight(path: str, _: Tensor) -> QWeight:
         codes, scale, zero_point = (t.to(device) for t in packed.weights[path])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm, Quantizer
+from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantLinear, QuantNorm
+from ..nn.quantizer import quantize_output
 from ..plan import Plan
 
 
@@ -34,11 +36,12 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
         if isinstance(module, QuantLinear | QuantNorm | QuantEmbedding | QuantActivation)
     ]
     offset = plan.family.gain_offset
+    module: Any
     for path, module in quantized:
         if isinstance(module, QuantActivation):
             model.set_submodule(path, module.function)
             continue
-        plain = blank.get_submodule(path)
+        plain: Any = blank.get_submodule(path)
         weight = module._weight() if isinstance(module, QuantLinear) else module.weight
         values = weight(torch.float32) - (offset if isinstance(module, QuantNorm) else 0.0)
         plain.to_empty(device=values.device)
@@ -48,13 +51,13 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
         if isinstance(module, QuantEmbedding) and hasattr(plain, "embed_scale"):
             plain.embed_scale.fill_(module.multiplier)
         model.set_submodule(path, plain)
-    for module in model.modules():
-        for name, child in list(module.named_children()):
+    for left in model.modules():
+        for name, child in list(left.named_children()):
             if isinstance(child, Quantizer):
-                delattr(module, name)
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") == "quantize_output":
-                del module._forward_hooks[key]
+                delattr(left, name)
+        for key, hook in list(left._forward_hooks.items()):
+            if hook is quantize_output:
+                del left._forward_hooks[key]
     model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     del model._tied_weights_keys, model.all_tied_weights_keys  # back to the class's
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -3,5 +3,4 @@
 from .family import Family, Geometry, family_of, geometry_of
 from .table import FAMILIES
 
-
 __all__ = ["FAMILIES", "Family", "Geometry", "family_of", "geometry_of"]

@@ -98,8 +98,9 @@ def family_of(model: nn.Module, name: str | None = None) -> Family:
         if name is not None:
             raise ValueError(f'family "{name}" is unknown; known: {known}')
         raise ValueError(
-            f'no family serves model_type "{model_type}" (known: {known}). If it is a pre-norm decoder with a gated MLP '
-            f"and rotary embeddings, add this entry to optimum_mobilequant/families/table.py, checking each line:\n\n"
+            f'no family serves model_type "{model_type}" (known: {known}). If it is a pre-norm decoder with a gated '
+            f"MLP and rotary embeddings, add this entry to optimum_mobilequant/families/table.py, checking each "
+            f"line:\n\n"
             f"{suggest_entry(model)}"
         )
     for flag, meaning in family.unsupported.items():
@@ -108,22 +109,22 @@ def family_of(model: nn.Module, name: str | None = None) -> Family:
     missing = [path for path in _paths(family) if not _has(model, path)]
     if missing:
         raise ValueError(
-            f'family "{family.name}" expects modules that this model lacks: {", ".join(missing)}. Filled-in entry from '
-            f"the model's own modules:\n\n{suggest_entry(model)}"
+            f'family "{family.name}" expects modules that this model lacks: {", ".join(missing)}. Filled-in entry '
+            f"from the model's own modules:\n\n{suggest_entry(model)}"
         )
     return family
 
 
 def geometry_of(model: nn.Module, family: Family) -> Geometry:
     """Read the sizes from the modules; raises ValueError where config and modules disagree."""
-    config = model.config
-    layers = len(model.get_submodule(family.layers))
-    attention = model.get_submodule(family.layer(0, family.attention))
+    config: Any = model.config
+    layers = len(list(model.get_submodule(family.layers).children()))
+    attention: Any = model.get_submodule(family.layer(0, family.attention))
     head_dim = int(attention.head_dim)
     query, key = (_linear_shape(model, family.layer(0, part)) for part in (family.query, family.key))
     if query[0] % head_dim or key[0] % head_dim or (query[0] // head_dim) % (key[0] // head_dim):
         raise ValueError(f"projection rows {query[0]}, {key[0]} do not divide into heads of {head_dim}")
-    inv_freq = getattr(model.get_submodule(family.rotary), "inv_freq", None)
+    inv_freq: Any = getattr(model.get_submodule(family.rotary), "inv_freq", None)
     rotary_dims = 2 * inv_freq.shape[-1] if inv_freq is not None else head_dim
     return Geometry(
         layers=layers,
@@ -139,13 +140,25 @@ def geometry_of(model: nn.Module, family: Family) -> Geometry:
 
 
 def _linear_shape(model: nn.Module, path: str) -> tuple[int, int]:
-    linear = model.get_submodule(path)
+    linear: Any = model.get_submodule(path)
     return int(linear.out_features), int(linear.in_features)
 
 
 def _paths(family: Family) -> Iterator[str]:
     yield from (family.layers, family.embedding, family.final_norm, family.rotary, family.head)
-    inside = ("input_norm", "mlp_norm", "attention", "query", "key", "value", "out", "gate", "up", "down", "activation")
+    inside = (
+        "input_norm",
+        "mlp_norm",
+        "attention",
+        "query",
+        "key",
+        "value",
+        "out",
+        "gate",
+        "up",
+        "down",
+        "activation",
+    )
     for part in inside:
         yield family.layer(0, getattr(family, part))
     for norm in (family.query_norm, family.key_norm):
@@ -190,16 +203,19 @@ def suggest_entry(model: nn.Module) -> str:
     found: dict[str, Any] = {"layers": layers}
 
     def pick(role: str, names: list[str], hints: tuple[str, ...]) -> None:
-        match = next((n for h in hints for n in names if n.rpartition(".")[2] == h), None)
-        match = match or next((n for h in hints for n in names if h in n.rpartition(".")[2]), None)
-        found[role] = match
+        last = {n: n.rpartition(".")[2] for n in names if "qkv" not in n}
+        exact = next((n for h in hints for n in last if last[n] == h), None)
+        found[role] = exact or next((n for h in hints for n in last if h in last[n]), None)
 
     for role, hints in _GUESSES.items():
         pick(role, inside, hints)
     if found["query"]:
         found["attention"] = found["query"].rpartition(".")[0]
+    chosen = [found[role] for role in _GUESSES]
+    for role in _GUESSES:  # fused projections have no module of their own
+        found[role] = found[role] if chosen.count(found[role]) == 1 else None
     embedding = next((n for n, m in model.named_modules() if isinstance(m, nn.Embedding)), None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found["embedding"] = embedding
     found["head"] = next((n for n, m in model.named_modules() if m is head and head is not None), None)
     pick("final_norm", outside, ("norm", "ln_f", "final_layernorm", "final_norm"))
@@ -216,7 +232,7 @@ def suggest_entry(model: nn.Module) -> str:
     lines = [f'Family("{model_type}", model_types=("{model_type}",),']
     for role, value in found.items():
         if value is None:
-            lines.append(f"    {role}=...,  # no module found: this role may not exist in the architecture")
+            lines.append(f"    {role}=...,  # no module of its own: the role is fused with another or does not exist")
         elif value != defaults.get(role):
             lines.append(f"    {role}={value!r},")
     return "\n".join(lines) + "\n),"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .family import Family
 
-
 FAMILIES: tuple[Family, ...] = (
     Family("llama", model_types=("llama",)),  # Llama, TinyLlama, SmolLM2
     Family("mistral", model_types=("mistral",)),
@@ -15,6 +14,9 @@ FAMILIES: tuple[Family, ...] = (
         "stablelm",
         model_types=("stablelm",),
         norm_kind="layer",
-        unsupported={"qk_layernorm": "per-head LayerNorm of queries and keys", "use_parallel_residual": "parallel blocks"},
+        unsupported={
+            "qk_layernorm": "per-head LayerNorm of queries and keys",
+            "use_parallel_residual": "parallel blocks",
+        },
     ),
 )

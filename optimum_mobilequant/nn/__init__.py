@@ -5,7 +5,6 @@ from .quantizer import Mode, Quantizer, quantizers_of, set_mode
 from .qweight import QWeight
 from .swap import swap
 
-
 __all__ = [
     "Mode",
     "QWeight",

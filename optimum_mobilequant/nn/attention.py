@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-
 
 NAME = "mobilequant"
 
 
 def quantized_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -36,17 +35,18 @@ def quantized_attention(
         context ``[batch, q, heads, head_dim]`` and probabilities ``[batch, heads, q, k]``.
     """
     query, key = module.query_rotated(query), module.key_rotated(key)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    batch, heads, length, head_dim = query.shape
+    # The query heads that share a KV head are rows of one product: nothing is repeated.
+    grouped = (batch, key.shape[1], heads // key.shape[1] * length)
     # 1/sqrt(D) belongs to the requantization multiplier of the product.
-    scores = module.scores(torch.matmul(query, key.transpose(2, 3)) * scaling)
+    scores = torch.matmul(query.reshape(*grouped, head_dim), key.transpose(2, 3)) * scaling
+    scores = module.scores(scores.view(batch, heads, length, -1))
     if attention_mask is not None:
-        # A hidden position gets probability 0 exactly, whatever the score range: the integer softmax flushes it too.
-        scores = scores.masked_fill(attention_mask < 0, torch.finfo(scores.dtype).min)
+        # The mask's hidden value absorbs any score, so a hidden position gets probability 0 exactly.
+        scores = scores + attention_mask
     probabilities = module.probabilities(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype))
-    context = module.context(torch.matmul(probabilities, value).transpose(1, 2).contiguous())
-    return context, probabilities
+    context = torch.matmul(probabilities.view(*grouped, -1), value).view(batch, heads, length, -1)
+    return module.context(context.transpose(1, 2).contiguous()), probabilities
 
 
 AttentionInterface.register(NAME, quantized_attention)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +17,20 @@ from .qweight import QWeight
 from .tunable import TunableBias, TunableWeight
 
 
-class QuantLinear(nn.Module):
+class _Biased(nn.Module):
+    """Keeps a packed bias float32 through casts: its integers would not survive a round trip through bfloat16."""
+
+    bias: nn.Parameter | TunableBias | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Biased:
+        kept = self.bias.data if isinstance(self.bias, nn.Parameter) else None
+        super()._apply(fn, recurse)
+        if kept is not None and isinstance(self.bias, nn.Parameter) and self.bias.dtype != kept.dtype:
+            self.bias.data = kept.to(self.bias.device)
+        return self
+
+
+class QuantLinear(_Biased):
     """``output(x @ W.T + b)``.
 
     Args:
@@ -64,7 +79,7 @@ class QuantLinear(nn.Module):
         return self.output(F.linear(x, self._weight()(x.dtype), None if bias is None else bias.to(x.dtype)))
 
 
-class QuantNorm(nn.Module):
+class QuantNorm(_Biased):
     """RMSNorm or LayerNorm with a 16-bit gain, statistics in float32.
 
     Args:
@@ -108,8 +123,8 @@ class QuantNorm(nn.Module):
 class QuantEmbedding(nn.Module):
     """Table lookup with one 8-bit scale a row, rounded to one static grid; ``multiplier`` is Gemma's sqrt(hidden).
 
-    ``dtype_anchor`` is one float that carries the dtype the model computes in: the integers have none, and transformers
-    asks the model's parameters for it.
+    ``dtype_anchor`` is one float that carries the dtype the model computes in: the integers have none, and
+    transformers asks the model's parameters for it.
     """
 
     def __init__(

@@ -29,8 +29,8 @@ class Observer(Protocol):
 class Quantizer(nn.Module):
     """Rounds one activation to its static per-tensor grid.
 
-    Buffers: ``scale`` float32 0-dim and ``zero_point`` int32 0-dim; NaN and 0 until they are set. Both keep their dtype
-    when the model is cast, so that a checkpoint's integers never depend on the compute dtype.
+    Buffers: ``scale`` float32 0-dim and ``zero_point`` int32 0-dim; NaN and 0 until they are set. Both keep their
+    dtype when the model is cast, so that a checkpoint's integers never depend on the compute dtype.
     """
 
     scale: Tensor
@@ -87,7 +87,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
             module.mode = mode  # type: ignore[assignment]
 
 
-def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
+def quantize_output(module: Any, args: Any, output: Any) -> Any:
     """Forward hook: round what a decoder layer or the rotary module returns by the quantizer it carries."""
     if isinstance(output, tuple):
         return tuple(module.output(item) if isinstance(item, Tensor) else item for item in output)

@@ -18,7 +18,7 @@ from ..plan import WeightRule
 
 
 class _Packed(nn.Module):
-    """Holds ``_data``: uint8 ``[ceil(rows / 2), columns]``, row r in the low nibble, row r + ceil(rows / 2) in the high."""
+    """Holds ``_data``, what :func:`~..numerics.packing.pack_int4` returns."""
 
     def __init__(self, data: Tensor):
         super().__init__()
@@ -46,6 +46,10 @@ class QWeight(nn.Module):
     """
 
     _scale: Tensor
+    _shift: Tensor
+    _zero_point: Tensor
+    _data: Any
+    _codes: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, rule: WeightRule):
         super().__init__()

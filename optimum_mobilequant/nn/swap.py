@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,6 @@ from .modules import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm
 from .quantizer import Quantizer, quantize_output
 from .qweight import QWeight
 from .tunable import TunableBias, TunableWeight
-
 
 MakeWeight = Callable[[str, Tensor], "QWeight | TunableWeight"]
 MakeBias = Callable[[str, Tensor], "nn.Parameter | TunableBias"]
@@ -29,7 +29,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         RuntimeError: the plan and the model do not cover each other.
     """
     f, geometry = plan.family, plan.geometry
-    device = model.get_submodule(f.final_norm).weight.device
+    device = model.get_parameter(f"{f.final_norm}.weight").device
     made: set[str] = set()
 
     def quantizer(name: str) -> Quantizer:
@@ -44,7 +44,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         return None if bias is None else make_bias(path, bias)
 
     def norm(path: str) -> None:
-        old = model.get_submodule(path)
+        old: Any = model.get_submodule(path)
         new = QuantNorm(
             make_weight(path, old.weight),
             bias_of(path, old),
@@ -56,7 +56,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         model.set_submodule(path, new)
 
     def linear(path: str, tied: QuantEmbedding | None = None) -> None:
-        old = model.get_submodule(path)
+        old: Any = model.get_submodule(path)
         new = QuantLinear(
             None if tied is not None else make_weight(path, old.weight),
             bias_of(path, old),
@@ -66,7 +66,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         )
         model.set_submodule(path, new)
 
-    old = model.get_submodule(f.embedding)
+    old: Any = model.get_submodule(f.embedding)
     embedding = QuantEmbedding(
         make_weight(f.embedding, old.weight),
         quantizer(f"{f.embedding}.output"),
@@ -76,7 +76,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         device=device,
     )
     model.set_submodule(f.embedding, embedding)
-    rotary = model.get_submodule(f.rotary)
+    rotary: Any = model.get_submodule(f.rotary)
     rotary.output = quantizer(f"{f.rotary}.output")
     rotary.register_forward_hook(quantize_output)
     for i in range(geometry.layers):
@@ -91,18 +91,21 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         attn = model.get_submodule(f.layer(i, f.attention))
         for name in ("query_rotated", "key_rotated", "scores", "probabilities", "context"):
             setattr(attn, name, quantizer(f"{f.layer(i, f.attention)}.{name}"))
-        layer = model.get_submodule(f.layer(i))
+        layer: Any = model.get_submodule(f.layer(i))
         layer.output = quantizer(f"{f.layer(i)}.output")
         layer.register_forward_hook(quantize_output)
     norm(f.final_norm)
     linear(f.head, embedding if geometry.tied else None)
-    model.config._attn_implementation = attention.NAME
+    config: Any = model.config
+    config._attn_implementation = attention.NAME
     if made != set(plan.activations):
-        raise RuntimeError(f"the plan's activations have no place in the model: {sorted(set(plan.activations) - made)}")
+        raise RuntimeError(
+            f"the plan's activations have no place in the model: {sorted(set(plan.activations) - made)}"
+        )
     refuse_uncovered(model, plan)
 
 
-def norm_eps(norm: nn.Module) -> float:
+def norm_eps(norm: Any) -> float:
     """Epsilon of a norm module, whatever the architecture calls it."""
     for name in ("variance_epsilon", "eps"):
         if hasattr(norm, name):
@@ -128,5 +131,3 @@ def refuse_uncovered(model: nn.Module, plan: Plan) -> None:
         left.append(f"{name} ({type(module).__name__})")
     if left:
         raise RuntimeError(f"these modules have no place in the plan and would stay float: {', '.join(left)}")
-
-

@@ -20,7 +20,7 @@ from .quantizer import Mode
 class LogScale:
     """A log-scale that an equivalent transform contributes along one dimension of a tensor.
 
-    ``sign * theta[index]``; ``index`` spreads shared elements (KV groups, rotary pairs), None where it is the identity.
+    ``sign * theta[index]``; ``index`` spreads shared elements (KV groups, rotary pairs), None for the identity.
     """
 
     theta: nn.Parameter
@@ -49,6 +49,8 @@ class TunableWeight(nn.Module):
         offset: added to the source first (Gemma's zero-centred gains).
     """
 
+    source: Tensor
+
     def __init__(self, source: Tensor, spec: WeightSpec, *, offset: float = 0.0):
         super().__init__()
         object.__setattr__(self, "source", source)  # not a parameter: it must not move, be cast or be saved here
@@ -69,8 +71,7 @@ class TunableWeight(nn.Module):
         return self.source.dtype
 
     def _float(self) -> Tensor:
-        source: Tensor = self.source
-        return source.float() + self.offset if self.offset else source.float()
+        return self.source.float() + self.offset if self.offset else self.source.float()
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.mode in (Mode.OFF, Mode.OBSERVE):
@@ -118,6 +119,8 @@ class TunableWeight(nn.Module):
 
 class TunableBias(nn.Module):
     """Bias ``[n]`` that follows the rows it belongs to; 32-bit on the device, so it is not rounded while tuning."""
+
+    source: Tensor
 
     def __init__(self, source: Tensor):
         super().__init__()

@@ -3,7 +3,6 @@
 from .fake import fake_quantize, fake_quantize_learned, fake_quantize_weight
 from .qparams import Grid, affine_qparams, dequantize, quantize, weight_qparams
 
-
 __all__ = [
     "Grid",
     "affine_qparams",

@@ -24,7 +24,23 @@ from .qparams import Grid, weight_qparams
 def _snap(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     # clamp(round(x/s) + z) - z == clamp(round(x/s), qmin - z, qmax - z): integers, so exact, and one pass less.
     codes = torch.div(x, scale).round_()
+    if _on_cpu(zero_point):  # scalar bounds vectorise; reading them costs nothing where there is no stream to wait for
+        zero = int(zero_point)
+        return codes.clamp_(grid.qmin - zero, grid.qmax - zero).mul_(scale)
     return codes.clamp_(grid.qmin - zero_point, grid.qmax - zero_point).mul_(scale)
+
+
+def _on_cpu(zero_point: Tensor) -> bool:
+    return zero_point.ndim == 0 and zero_point.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _inside_only(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """``grad`` where ``x`` is not clipped, else 0. An element is clipped when it lies beyond the half-step around the
+    outermost codes."""
+    low, high = (grid.qmin - 0.5 - zero_point) * scale, (grid.qmax + 0.5 - zero_point) * scale
+    if _on_cpu(zero_point):
+        return torch.ops.aten.hardtanh_backward(grad, x, float(low), float(high))
+    return torch.where((x > low) & (x < high), grad, 0.0)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -61,10 +77,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, out, scale, zero_point = ctx.saved_tensors
-        # An element is clipped exactly when its code lies beyond the half-step around the outermost code.
-        low = (ctx.grid.qmin - 0.5 - zero_point) * scale
-        high = (ctx.grid.qmax + 0.5 - zero_point) * scale
-        grad_x = torch.where((x >= low) & (x <= high), grad, 0.0)
+        grad_x = _inside_only(grad, x, scale, zero_point, ctx.grid)
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
             flat, flat_x = grad.reshape(-1), grad_x.reshape(-1)
@@ -120,7 +133,9 @@ def clipped_range(weight: Tensor, clip: Tensor | None, *, symmetric: bool, per_c
         low = -high
     if clip is not None:
         share = torch.sigmoid(clip)
-        low, high = (-high * share[:, 1:], high * share[:, 1:]) if symmetric else (low * share[:, :1], high * share[:, 1:])
+        low, high = (
+            (-high * share[:, 1:], high * share[:, 1:]) if symmetric else (low * share[:, :1], high * share[:, 1:])
+        )
     return low, high
 
 
@@ -151,8 +166,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         weight, row_log, column_log, clip, out, low, high, scale, zero_point = ctx.saved_tensors
         grid, symmetric, per_channel = ctx.scheme
         scaled = rescale(weight, row_log, column_log)
-        inside = (scaled >= (grid.qmin - 0.5 - zero_point) * scale) & (scaled <= (grid.qmax + 0.5 - zero_point) * scale)
-        grad_scaled = torch.where(inside, grad, 0.0)
+        grad_scaled = _inside_only(grad, scaled, scale, zero_point, grid)
         product = grad_scaled * scaled  # d/dlog of a scale is the sum of these over what it multiplies
 
         def per_unit(t: Tensor) -> Tensor:
@@ -171,7 +185,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
             share = torch.sigmoid(clip)
             slope = torch.cat([grad_low * low, grad_high * high], dim=1) * (1 - share)  # d/dlogit of sigmoid * end
             grad_clip = slope if not symmetric else torch.cat([torch.zeros_like(slope[:, :1]), slope[:, 1:]], dim=1)
-        # The ends move with the extreme elements: their share of the gradient goes to those elements' rows and columns.
+        # The ends move with the extreme elements: their share of the gradient goes to those rows and columns.
         product = product + _range_gradient(scaled, grad_low * low, grad_high * high, symmetric, per_channel)
         grad_row = product.sum(1) if ctx.needs_input_grad[1] else None
         grad_column = product.sum(0) if ctx.needs_input_grad[2] else None

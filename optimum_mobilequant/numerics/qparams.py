@@ -1,7 +1,7 @@
 """Scale, zero point and rounding, defined once.
 
-``q = clamp(round_half_even(x / scale) + zero_point, qmin, qmax)`` and ``x_hat = (q - zero_point) * scale``: the rule of
-ONNX ``QuantizeLinear`` and of torch, so that a simulated code is the code a runtime computes.
+``q = clamp(round_half_even(x / scale) + zero_point, qmin, qmax)`` and ``x_hat = (q - zero_point) * scale``: the rule
+of ONNX ``QuantizeLinear`` and of torch, so that a simulated code is the code a runtime computes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 
 # A range narrower than this holds nothing but zeros; the floor only keeps the scale finite.
 SMALLEST_RANGE = 1e-12
@@ -60,7 +59,9 @@ def affine_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     return scale, zero_point.round().clamp(grid.qmin, grid.qmax).to(torch.int32)
 
 
-def affine_scale_and_offset(low: Tensor, high: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> tuple[Tensor, Tensor]:
+def affine_scale_and_offset(
+    low: Tensor, high: Tensor, qmin: int | Tensor, qmax: int | Tensor
+) -> tuple[Tensor, Tensor]:
     """Scale and the zero point before it is rounded; bounds may be tensors, one for each range."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low).clamp(min=SMALLEST_RANGE) / (qmax - qmin)

@@ -3,5 +3,4 @@
 from .plan import ActivationSpec, Plan, WeightSpec, build_plan
 from .presets import PRESETS, Scheme, WeightRule
 
-
 __all__ = ["PRESETS", "ActivationSpec", "Plan", "Scheme", "WeightRule", "WeightSpec", "build_plan"]

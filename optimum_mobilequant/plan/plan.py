@@ -1,4 +1,4 @@
-"""The plan: every tensor of the integer graph with its role, bits and encoding rule, derived from family and scheme."""
+"""The plan: every tensor of the integer graph with its role, bits and encoding, from family and scheme."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def build_plan(
             ``{"weight_bits", "weight_symmetric", "weight_granularity"}`` for weights; later patterns win.
 
     Raises:
-        ValueError: a pattern matches nothing, or changes a tensor that cannot be changed.
+        ValueError: a pattern matches nothing, or changes a tensor that cannot be changed, or tells a tied head apart
+            from the embedding whose table it reads.
     """
     activations: dict[str, ActivationSpec] = {}
     weights: dict[str, WeightSpec] = {}
@@ -115,6 +116,7 @@ def build_plan(
             act(f"{name}.output", f"{role}_raw" if norm else role)
             if norm:
                 weight(f"{attn}.{norm}", "gain")
+                moves[f"{attn}.{norm}.input"] = f"{name}.output"
                 act(f"{attn}.{norm}.output", role)
         act(f"{v}.output", "value")
         act(f"{attn}.query_rotated", "query_rotated")
@@ -151,6 +153,11 @@ def build_plan(
     moves[f"{f.head}.input"] = normed
     act(f"{f.head}.output", "logits")
     _apply_overrides(activations, weights, overrides or {})
+    if geometry.tied and weights[f.head].rule != weights[f.embedding].rule:
+        raise ValueError(
+            f"{f.head} reads the table of {f.embedding} (tied weights), so the two cannot differ: "
+            f"override the weights of both alike"
+        )
     return Plan(family, geometry, activations, weights, moves)
 
 

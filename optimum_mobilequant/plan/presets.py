@@ -95,7 +95,9 @@ class Scheme:
         return cls(weights, activations, data.get("summary", ""))
 
 
-def _scheme(rule: WeightRule, summary: str, activations: Mapping[str, int] | None = None, **roles: WeightRule) -> Scheme:
+def _scheme(
+    rule: WeightRule, summary: str, activations: Mapping[str, int] | None = None, **roles: WeightRule
+) -> Scheme:
     weights = dict.fromkeys(_LINEAR_ROLES, rule)
     # The table is read by row and the head by row: 8 bits each, whatever the layers use. Gains are 16-bit constants.
     weights |= {"head": WeightRule(8), "embedding": WeightRule(8), "gain": WeightRule(16, granularity="tensor")}

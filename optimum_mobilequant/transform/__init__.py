@@ -3,5 +3,4 @@
 from .edges import SITES, Edge, Effect, edges_of
 from .smooth import smooth_scales
 
-
 __all__ = ["SITES", "Edge", "Effect", "edges_of", "smooth_scales"]

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..families import Family, Geometry
 
-
 SITES = ("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k")
 
 
@@ -52,14 +51,17 @@ class Edge:
     Args:
         name: ``<layer path>.<site>``. size: number of scales.
         effects: all tensors that move together.
-        activation: quantizer whose per-channel magnitude the scale divides, or None (q_k: two activations trade).
+        activation: quantizer whose per-channel magnitude the scale divides; "" where two activations trade.
+        trade: (query, key) quantizers whose magnitudes the scale trades, or None; ``trade_index`` maps their channels.
     """
 
     name: str
     site: str
     size: int
     effects: tuple[Effect, ...]
-    activation: str | None
+    activation: str = ""
+    trade: tuple[str, str] | None = None
+    trade_index: tuple[Tensor, Tensor] | None = None
 
 
 def edges_of(family: Family, geometry: Geometry, sites: Sequence[str]) -> list[Edge]:
@@ -74,53 +76,53 @@ def edges_of(family: Family, geometry: Geometry, sites: Sequence[str]) -> list[E
     for i in range(geometry.layers):
         layer = family.layer(i)
         for site in (s for s in SITES if s in sites):
-            size, effects, activation = _BUILDERS[site](family, geometry, i)
-            edges.append(Edge(f"{layer}.{site}", site, size, tuple(effects), activation))
+            edges.append(_BUILDERS[site](f"{layer}.{site}", family, geometry, i))
     return edges
 
 
-_Built = tuple[int, list[Effect], "str | None"]
-
-
-def _norm_qkv(f: Family, g: Geometry, i: int) -> _Built:
+def _norm_qkv(name: str, f: Family, g: Geometry, i: int) -> Edge:
     norm, readers = f.layer(i, f.input_norm), [f.layer(i, part) for part in (f.query, f.key, f.value)]
-    return g.hidden, [Effect(norm, "rows", -1), *(Effect(r, "columns", 1) for r in readers)], f"{norm}.output"
+    effects = (Effect(norm, "rows", -1), *(Effect(r, "columns", 1) for r in readers))
+    return Edge(name, "norm_qkv", g.hidden, effects, f"{norm}.output")
 
 
-def _norm_mlp(f: Family, g: Geometry, i: int) -> _Built:
+def _norm_mlp(name: str, f: Family, g: Geometry, i: int) -> Edge:
     norm, readers = f.layer(i, f.mlp_norm), [f.layer(i, part) for part in (f.gate, f.up)]
-    return g.hidden, [Effect(norm, "rows", -1), *(Effect(r, "columns", 1) for r in readers)], f"{norm}.output"
+    effects = (Effect(norm, "rows", -1), *(Effect(r, "columns", 1) for r in readers))
+    return Edge(name, "norm_mlp", g.hidden, effects, f"{norm}.output")
 
 
-def _up_down(f: Family, g: Geometry, i: int) -> _Built:
+def _up_down(name: str, f: Family, g: Geometry, i: int) -> Edge:
     down = f.layer(i, f.down)
-    return g.mlp, [Effect(f.layer(i, f.up), "rows", -1), Effect(down, "columns", 1)], f"{down}.input"
+    effects = (Effect(f.layer(i, f.up), "rows", -1), Effect(down, "columns", 1))
+    return Edge(name, "up_down", g.mlp, effects, f"{down}.input")
 
 
-def _v_o(f: Family, g: Geometry, i: int) -> _Built:
-    effects = [
+def _v_o(name: str, f: Family, g: Geometry, i: int) -> Edge:
+    effects = (
         Effect(f.layer(i, f.value), "rows", -1),
         Effect(f.layer(i, f.out), "columns", 1, _by_query_head(g, torch.arange(g.head_dim), g.head_dim)),
-    ]
-    return g.kv_heads * g.head_dim, effects, f"{f.layer(i, f.attention)}.context"
+    )
+    return Edge(name, "v_o", g.kv_heads * g.head_dim, effects, f"{f.layer(i, f.attention)}.context")
 
 
-def _q_k(f: Family, g: Geometry, i: int) -> _Built:
+def _q_k(name: str, f: Family, g: Geometry, i: int) -> Edge:
     dims = rotary_pairs(g.head_dim, g.rotary_dims)
-    per_head = int(dims.max()) + 1
+    per_head, attention = int(dims.max()) + 1, f.layer(i, f.attention)
+    trade = (f"{attention}.query_rotated", f"{attention}.key_rotated")
     if f.query_norm and f.key_norm:  # one gain vector serves all heads
-        attention = f.layer(i, f.attention)
-        effects = [
+        effects = (
             Effect(f"{attention}.{f.query_norm}", "rows", -1, dims),
             Effect(f"{attention}.{f.key_norm}", "rows", 1, dims),
-        ]
-        return per_head, effects, None
+        )
+        return Edge(name, "q_k", per_head, effects, "", trade, (dims.repeat(g.heads), dims.repeat(g.kv_heads)))
+    query_index = _by_query_head(g, dims, per_head)
     key_index = (torch.arange(g.kv_heads)[:, None] * per_head + dims).reshape(-1)
-    effects = [
-        Effect(f.layer(i, f.query), "rows", -1, _by_query_head(g, dims, per_head)),
+    effects = (
+        Effect(f.layer(i, f.query), "rows", -1, query_index),
         Effect(f.layer(i, f.key), "rows", 1, key_index),
-    ]
-    return g.kv_heads * per_head, effects, None
+    )
+    return Edge(name, "q_k", g.kv_heads * per_head, effects, "", trade, (query_index, key_index))
 
 
 _BUILDERS = {"norm_qkv": _norm_qkv, "norm_mlp": _norm_mlp, "up_down": _up_down, "v_o": _v_o, "q_k": _q_k}

@@ -14,10 +14,12 @@ from .edges import Edge
 def smooth_scales(
     edges: Sequence[Edge], model: nn.Module, channel_absmax: Mapping[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """Log of ``s = max|x|^alpha / max|w|^(1 - alpha)`` for each edge (SmoothQuant, Xiao et al. 2023, equation 4).
+    """Start value of each edge: what its consumers can carry is taken off what its activation must represent.
 
-    ``max|w|`` runs over all consumers' rows; both maxima run over the channels that share an element of the edge.
-    Channels that never fire keep s = 1. Edges without an activation (q_k) start at 1.
+    Producer/consumer edges: ``s = max|x|^alpha / max|w|^(1 - alpha)`` (SmoothQuant, Xiao et al. 2023, equation 4),
+    with ``max|w|`` over all consumers' rows. Query/key edges, where two activations trade:
+    ``s = max|q|^(1 - alpha) / max|k|^alpha``. Maxima run over the channels that share an element of the edge.
+    Channels that never fire keep s = 1.
 
     Args:
         edges: from :func:`edges_of`.
@@ -26,22 +28,35 @@ def smooth_scales(
         alpha: migration strength in [0, 1].
 
     Returns:
-        edge name -> float32 ``[edge.size]``.
+        edge name -> natural logarithms, float32 ``[edge.size]``.
     """
     logs: dict[str, Tensor] = {}
     for edge in edges:
-        device = model.get_submodule(edge.effects[0].module).weight.device
-        logs[edge.name] = torch.zeros(edge.size, device=device)
-        if edge.activation is None:
-            continue
-        of_x = logs[edge.name].clone()
-        of_w = logs[edge.name].clone()
-        for effect in (e for e in edge.effects if e.dim == "columns"):
-            index = torch.arange(edge.size) if effect.index is None else effect.index
-            columns = model.get_submodule(effect.module).weight.float().abs().amax(0)
-            of_w.scatter_reduce_(0, index.to(device), columns, "amax")
-            of_x.scatter_reduce_(0, index.to(device), channel_absmax[edge.activation].to(device), "amax")
-        alive = (of_x > 0) & (of_w > 0)
-        log = alpha * of_x.clamp(min=1e-30).log() - (1 - alpha) * of_w.clamp(min=1e-30).log()
-        logs[edge.name] = torch.where(alive, log, 0.0)
+        device = _weight(model, edge.effects[0].module).device
+        if edge.trade is not None and edge.trade_index is not None:
+            query, key = (
+                _shared_max(edge, index, channel_absmax[name], device)
+                for name, index in zip(edge.trade, edge.trade_index, strict=True)
+            )
+            of_x, of_w, alpha_x = query, key, 1 - alpha
+        else:
+            consumers = [e for e in edge.effects if e.dim == "columns"]
+            of_x = _shared_max(edge, consumers[0].index, channel_absmax[edge.activation], device)
+            of_w = torch.stack(
+                [_shared_max(edge, e.index, _weight(model, e.module).float().abs().amax(0), device) for e in consumers]
+            ).amax(0)
+            alpha_x = alpha
+        log = alpha_x * of_x.clamp(min=1e-30).log() - (1 - alpha_x) * of_w.clamp(min=1e-30).log()
+        logs[edge.name] = torch.where((of_x > 0) & (of_w > 0), log, 0.0)
     return logs
+
+
+def _shared_max(edge: Edge, index: Tensor | None, channels: Tensor, device: torch.device) -> Tensor:
+    """Maximum of ``channels`` over those that share each element of the edge."""
+    if index is None:
+        return channels.to(device)
+    return torch.zeros(edge.size, device=device).scatter_reduce_(0, index.to(device), channels.to(device), "amax")
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    return model.get_parameter(f"{path}.weight")

@@ -5,5 +5,4 @@ from .loop import LearnResult, learn_end_to_end
 from .parameters import Learnables
 from .student import build_student
 
-
 __all__ = ["LearnResult", "Learnables", "build_student", "learn_blockwise", "learn_end_to_end"]

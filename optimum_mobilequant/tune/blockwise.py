@@ -19,7 +19,9 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def _layer_inputs(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def _layer_inputs(
+    model: nn.Module, layer: nn.Module, batches: list[Tensor]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
     hidden: list[Tensor] = []
     options: list[dict[str, Any]] = []
 
@@ -38,6 +40,17 @@ def _layer_inputs(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> 
     finally:
         hook.remove()
     return hidden, options
+
+
+def _block_loss(layer: nn.Module, inputs: list[Tensor], options: list[dict[str, Any]], target: list[Tensor]) -> Loss:
+    """Loss of a layer as a function of numbers of cached batches, which take the place of token ids."""
+
+    def loss_of(batches: Tensor) -> Tensor:
+        # The layer may round its input in place.
+        losses = [normalised_mse(layer(inputs[j].clone(), **options[j]), target[j]) for j in batches.tolist()]
+        return torch.stack(losses).mean()
+
+    return loss_of
 
 
 def learn_blockwise(
@@ -82,15 +95,10 @@ def learn_blockwise(
         with torch.no_grad():
             target = [teacher_layer(h, **o) for h, o in zip(float_in, float_options, strict=True)]
 
-        def block_loss(index: Tensor, layer: nn.Module = layer, target: list[Tensor] = target) -> Tensor:
-            # "ids" of this loop are numbers of cached batches.
-            losses = [normalised_mse(layer(quant_in[j].clone(), **quant_options[j]), target[j]) for j in index.tolist()]
-            return torch.stack(losses).mean()
-
         learn_end_to_end(
             learnables,
             student,
-            block_loss,
+            _block_loss(layer, quant_in, quant_options, target),
             torch.arange(len(batches)),
             torch.arange(len(batches), len(batches) + len(held_out)),
             steps=steps,

@@ -15,16 +15,18 @@ from transformers.utils import logging
 
 from .parameters import Learnables
 
-
 logger = logging.get_logger(__name__)
 
 # Rates fall along a cosine to this share of their start (paper: 1e-3 -> 1e-4).
 FINAL_RATE = 0.1
+# Rounding makes each step's gradient noisy; what is validated and kept is the running mean of about 1 / (1 - AVERAGE)
+# steps (Polyak averaging).
+AVERAGE = 0.95
 
 
 @dataclass
 class LearnResult:
-    """Losses of a tuning run: ``history`` holds (step, validation loss); ``start`` and ``best`` are validation losses."""
+    """Losses of a tuning run: ``history`` holds (step, validation loss)."""
 
     start: float
     best: float
@@ -43,9 +45,9 @@ class LearnResult:
         """Raise RuntimeError when the validation loss ended above its start."""
         if self.best > self.start:
             raise RuntimeError(
-                f"tuning made the model worse: validation loss {self.start:.5g} -> {self.best:.5g}. Lower the learning "
-                f"rates (lr_transforms, lr_clips, lr_ranges), give more text, or use tuning=\"end-to-end\", which keeps "
-                f"the best state it has seen"
+                f"tuning made the model worse: validation loss {self.start:.5g} -> {self.best:.5g}. Lower the "
+                f'learning rates (lr_transforms, lr_clips, lr_ranges), give more text, or use tuning="end-to-end", '
+                f"which keeps the best state it has seen"
             )
 
 
@@ -99,9 +101,9 @@ def learn_end_to_end(
             raise FloatingPointError("the validation loss is not finite; lower the learning rates or check the model")
         return value
 
-    first, result, best = 0, LearnResult(0.0, 0.0, 0, 0.0), _state(learnables)
+    first, result, best, mean = 0, LearnResult(0.0, 0.0, 0, 0.0), _state(learnables), _state(learnables)
     if resume is not None:
-        first, result, best = _restore(learnables, optimizer, *resume)
+        first, result, best, mean = _restore(learnables, optimizer, *resume)
         started -= result.seconds
     else:
         result.start = result.best = validate()
@@ -128,22 +130,27 @@ def learn_end_to_end(
             optimizer.zero_grad(set_to_none=True)
             learnables.clamp()
             done = step + 1
+            now = _state(learnables)
+            weight = max(1 - AVERAGE, 1 / done)  # a plain mean until the window is full
+            mean = {name: torch.lerp(mean[name], value, weight) for name, value in now.items()}
             if done % eval_every == 0 or done == steps:
+                learnables.load_state_dict(mean)
                 value = validate()
+                learnables.load_state_dict(now)
                 result.history.append((done, value))
                 if value < result.best:
-                    result.best, result.best_step, best = value, done, _state(learnables)
+                    result.best, result.best_step, best = value, done, mean
                 result.seconds = time.monotonic() - started
                 bar.set_postfix(validation=f"{value:.4g}", start=f"{result.start:.4g}")
                 if snapshot is not None and done < steps:
-                    snapshot(*_snapshot(learnables, optimizer, best, done, result))
+                    snapshot(*_snapshot({"now": now, "mean": mean, "best": best}, optimizer, done, result))
     learnables.load_state_dict(best)
     result.seconds = time.monotonic() - started
     return result
 
 
 def batch_index(count: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Rows of batch ``step``: passes over seeded permutations, a new one each epoch; a function of its arguments only."""
+    """Rows of batch ``step``: passes over seeded permutations, a new one each epoch."""
     rows: list[Tensor] = []
     position, wanted = step * batch_size, min(batch_size, count)
     while wanted > 0:
@@ -159,9 +166,9 @@ def _state(learnables: Learnables) -> dict[str, Tensor]:
 
 
 def _snapshot(
-    learnables: Learnables, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], step: int, result: LearnResult
+    states: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, step: int, result: LearnResult
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"now.{k}": v for k, v in _state(learnables).items()} | {f"best.{k}": v for k, v in best.items()}
+    tensors = {f"{kind}.{k}": v for kind, state in states.items() for k, v in state.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
     return tensors, {"step": step, "result": vars(result)}
@@ -172,8 +179,8 @@ def _restore(
     optimizer: torch.optim.Optimizer | None,
     tensors: dict[str, Tensor],
     meta: dict[str, Any],
-) -> tuple[int, LearnResult, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
+) -> tuple[int, LearnResult, dict[str, Tensor], dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "mean": {}, "best": {}, "adam": {}}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
         parts[kind][name] = tensor
@@ -184,4 +191,4 @@ def _restore(
             index, name = key.split(".", 1)
             moments.setdefault(int(index), {})[name] = tensor
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(meta["step"]), LearnResult.from_dict(meta["result"]), parts["best"]
+    return int(meta["step"]), LearnResult.from_dict(meta["result"]), parts["best"], parts["mean"]

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ..plan import Plan
 
-
 # Positions whose logits are held at once by the KL: bounds memory for large vocabularies.
 _CHUNK = 4096
 
@@ -64,20 +63,33 @@ def _last_hidden(model: nn.Module, plan: Plan) -> Any:
         hook.remove()
 
 
-def make_objective(name: str, plan: Plan, top_k: int) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
+def make_objective(
+    name: str, plan: Plan, *, top_k: int, teacher_dtype: str = "float32"
+) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
     """The function (student, teacher, ids) -> loss.
 
-    ``"logits_kl"``: :func:`kl_top_k`. ``"hidden_mse"``: squared error after the last decoder layer, before the final
+    ``"logits_kl"``: :func:`kl_top_k`, on the whole vocabulary where selecting ``top_k`` would cost more than it saves.
+    ``"hidden_mse"``: squared error after the last decoder layer, before the final
     norm, the objective of the published method (MobileQuant, section 3.3), here relative to the teacher's mean square.
     """
 
+    if plan.geometry.vocabulary <= 4 * top_k:
+        top_k = plan.geometry.vocabulary
+
+    @contextmanager
+    def float_teacher(ids: Tensor) -> Any:
+        # Targets are computed batch by batch and dropped: nothing is cached.
+        reduced = teacher_dtype != "float32"
+        with torch.no_grad(), torch.autocast(ids.device.type, getattr(torch, teacher_dtype), enabled=reduced):
+            yield
+
     def logits_kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
-        with torch.no_grad():
+        with float_teacher(ids):
             target = teacher(input_ids=ids, use_cache=False).logits
         return kl_top_k(student(input_ids=ids, use_cache=False).logits, target, top_k)
 
     def hidden_mse(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
-        with torch.no_grad(), _last_hidden(teacher, plan) as target:
+        with float_teacher(ids), _last_hidden(teacher, plan) as target:
             teacher(input_ids=ids, use_cache=False)
         with _last_hidden(student, plan) as hidden:
             student(input_ids=ids, use_cache=False)

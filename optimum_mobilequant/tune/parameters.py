@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from ..numerics.fake import clipped_range, round_straight_through
 from ..numerics.qparams import affine_qparams, affine_scale_and_offset, dequantize, quantize, weight_qparams
 from ..plan import Plan
 from ..transform import Edge
-
 
 # Beyond e^4.6 = 100 a scale only trades one overflow for another.
 MAX_LOG_SCALE = 4.6
@@ -47,7 +47,7 @@ class Learnables(nn.Module):
             theta = self.scales[_key(edge.name)]
             for effect in edge.effects:
                 index = None if effect.index is None else effect.index.to(device)
-                module = student.get_submodule(effect.module)
+                module: Any = student.get_submodule(effect.module)
                 scale = LogScale(theta, effect.sign, index)
                 if effect.dim == "columns":
                     module.weight.columns_log.append(scale)
@@ -55,15 +55,15 @@ class Learnables(nn.Module):
                 module.weight.rows_log.append(scale)
                 if module.bias is not None:
                     module.bias.rows_log.append(scale)
-        for name, module in student.named_modules():
-            if isinstance(module, QuantLinear) and isinstance(module.weight, TunableWeight):
-                self._weights[name] = module.weight
+        for name, linear in student.named_modules():
+            if isinstance(linear, QuantLinear) and isinstance(linear.weight, TunableWeight):
+                self._weights[name] = linear.weight
 
     # -- weight clipping ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def add_clips(self, init: str) -> None:
-        """Give every projection a clipping logit for each unit; ``init`` is ``"constant"`` or ``"mse"`` (grid search)."""
+        """Give every projection a clipping logit for each unit; ``init``: ``"mse"`` searches a grid, else constant."""
         for name, weight in self._weights.items():
             if weight.spec.role not in _CLIPPED_ROLES:
                 continue
@@ -116,7 +116,7 @@ class Learnables(nn.Module):
     # -- for the optimizer ----------------------------------------------------------------------------------------
 
     def groups(self, rates: Mapping[str, float], prefix: str = "") -> list[dict[str, object]]:
-        """Optimizer groups of the parts with a rate above 0 (keys transforms, clips, ranges), limited to ``prefix``."""
+        """Optimizer groups of the parts (transforms, clips, ranges) with a rate above 0, limited to ``prefix``."""
         parts = {
             "transforms": [p for k, p in self.scales.items() if k.startswith(_key(prefix))],
             "clips": [p for k, p in self.clips.items() if k.startswith(_key(prefix))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -12,10 +13,14 @@ from ..nn.tunable import TunableBias, TunableWeight
 from ..plan import Plan
 
 
-def build_student(model: nn.Module, plan: Plan) -> nn.Module:
+def build_student(model: nn.Module, plan: Plan, *, checkpointing: bool = False) -> nn.Module:
     """Copy the module tree of ``model`` without its tensors and swap the copy.
 
     The copy costs no memory for weights: tunable weights read the originals. The model itself is left as it is.
+
+    Args:
+        checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations and rounded
+            weights.
     """
     # No parameter may collect gradients through the student: only what Learnables adds is trained.
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
@@ -36,4 +41,9 @@ def build_student(model: nn.Module, plan: Plan) -> nn.Module:
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # gradient checkpointing needs train mode; the objective does not want noise
-    return student.eval()
+    student.eval()
+    if checkpointing:
+        enable: Any = student.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        student.train()  # transformers checkpoints in train mode only; dropout is off
+    return student

@@ -1,0 +1,268 @@
+"""Perplexity of recipes and presets on real small models, plain and with injected outliers.
+
+    python benchmarks/quality.py --out quality.json
+    python benchmarks/quality.py --out quality.json --append --models DIR \\
+        --text NAME=calibration.txt,evaluation.txt,150000
+
+Measures the embedded demo model and every model folder in DIR. Protocol: no special tokens, chunks of --seq-len tokens
+that do not overlap; calibration and evaluation text are disjoint (by default the two parts of the Python standard
+library). ``gap`` is perplexity / float perplexity - 1. Rows are written as they are measured; with --append, rows that
+the file holds already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from outliers import inject_outliers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.stdlib_corpus import stdlib_texts
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
+VARIANTS = ("plain", "injected")
+NO_ROW = {"perplexity": None, "gap": None, "minutes": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a config. ``name`` is the recipe, or what differs from it."""
+
+    name: str
+    preset: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def learns(self) -> bool:
+        return self.options["recipe"] == "mobilequant"
+
+
+CASES = (
+    *(Case(recipe, preset, {"recipe": recipe})
+      for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "mobilequant")),
+    Case("rtn", "w8a8-full", {"recipe": "rtn"}),
+    Case("mobilequant", "w8a8-full", {"recipe": "mobilequant"}),
+    # What end-to-end tuning and learned ranges contribute. Each layer of the block-wise run sees as many sequences as
+    # the whole model does end to end; its objective is the one a single layer has, so that change has a row as well.
+    Case("fixed ranges", "w4a8", {"recipe": "mobilequant", "learn_ranges": False}),
+    Case("hidden-state objective", "w4a8", {"recipe": "mobilequant", "objective": "hidden_mse"}),
+    Case("block-wise", "w4a8", {"recipe": "mobilequant", "tuning": "block-wise"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calibration data set and evaluation text of one model."""
+
+    calibration: str
+    evaluation: str
+    max_chars: int
+
+    def read(self) -> str:
+        if self.evaluation == "python-stdlib":
+            return "\n".join(stdlib_texts("test"))[: self.max_chars]
+        return Path(self.evaluation).read_text(encoding="utf-8")[: self.max_chars]
+
+    def record(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.read().encode()).hexdigest()
+        names = {"calibration": Path(self.calibration).name, "evaluation": Path(self.evaluation).name}
+        return names | {"max_chars": self.max_chars, "evaluation_sha256": digest}
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folders = [EMBEDDED, *(sorted(args.models.iterdir()) if args.models else [])]
+    models = {path.name: path for path in folders if (path / "config.json").is_file()}
+    texts = {name: args.text.get(name, Text("python-stdlib", "python-stdlib", args.max_chars)) for name in models}
+    if unknown := args.text.keys() - models.keys():
+        raise SystemExit(f"--text names no model here: {', '.join(unknown)}; models: {', '.join(models)}")
+    settings = {
+        "effort": args.effort, "seed": args.seed, "seq_len": args.seq_len, "quick": args.quick,
+        "factor": args.factor, "share": args.share,
+    }  # fmt: skip
+    table = Table(args.out, settings, append=args.append)
+    for name, folder in models.items():
+        wanted = [(v, c) for v in VARIANTS for c in CASES if args.wants(name, v, c.preset, c.name)]
+        missing = [(v, c) for v, c in wanted if not table.has(name, v, c.preset, c.name)]
+        if missing:
+            table.use_text(name, texts[name].record())
+            measure(name, folder, texts[name], missing, table, args)
+    print(table.markdown())
+
+
+def measure(
+    name: str, folder: Path, text: Text, cases: list[tuple[str, Case]], table: Table, args: argparse.Namespace
+) -> None:
+    """Add the float row of each variant and the rows of ``cases`` to the table."""
+    if not (folder / "model.safetensors").is_file():
+        raise SystemExit(f"{folder} holds no model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    evaluation = text.read()
+
+    def load(variant: str) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if variant == "injected":
+            inject_outliers(model, factor=args.factor, share=args.share, seed=args.seed)
+        return model
+
+    def score(model: PreTrainedModel) -> float:
+        return perplexity(model, tokenizer, evaluation, seq_len=args.seq_len, progress=False).perplexity
+
+    for variant, case in cases:
+        reference = table.find(name, variant, "float32", "float")
+        if reference is None:
+            value = score(load(variant))
+            reference = table.add(name, variant, "float32", "float", {"perplexity": value, "gap": 0.0, "minutes": 0.0})
+        try:
+            model, minutes = run(load(variant), tokenizer, case, text, args)
+        except (FloatingPointError, RuntimeError) as error:  # the library's refusal of a bad result is a result
+            table.add(name, variant, case.preset, case.name, NO_ROW | {"error": str(error)})
+            continue
+        value = score(model)
+        if not math.isfinite(value):
+            table.add(name, variant, case.preset, case.name, NO_ROW | {"error": "the perplexity overflows"})
+            continue
+        validation = model.config.quantization_config.recorded["validation_perplexity"]
+        values = {"perplexity": value, "gap": value / reference["perplexity"] - 1, "minutes": minutes}
+        table.add(name, variant, case.preset, case.name, values | {"validation_perplexity": validation})
+
+
+def run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, text: Text, args: argparse.Namespace
+) -> tuple[PreTrainedModel, float]:
+    """The quantized model and the minutes it took."""
+    options: dict[str, Any] = {"dataset": text.calibration, "bos": False, "seq_len": args.seq_len, "seed": args.seed}
+    if args.quick:
+        options |= {"samples": 8, "steps": 4 if case.learns else None}
+    config = MobileQuantConfig(case.preset, effort=args.effort, **options, **case.options)
+    started = time.monotonic()
+    model = quantize(model, tokenizer, config)
+    return model, (time.monotonic() - started) / 60
+
+
+class Table:
+    """The JSON file and its rows; each row knows the run (versions, machine, date) that measured it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, append: bool):
+        self.path = path
+        self.settings = settings
+        self.rows: list[dict[str, Any]] = []
+        self.runs: list[dict[str, Any]] = []
+        self.texts: dict[str, Any] = {}
+        if path.exists():
+            if not append:
+                raise SystemExit(f"{path} exists: give another --out, or --append to add the missing rows")
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["settings"] != settings:
+                raise SystemExit(f"{path} was measured with {stored['settings']}, not {settings}: give another --out")
+            self.rows, self.runs, self.texts = stored["rows"], stored["runs"], stored["texts"]
+        self.runs.append(
+            {
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "cpu": cpu_name(),
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+            }
+        )
+
+    def use_text(self, model: str, text: dict[str, Any]) -> None:
+        if self.texts.setdefault(model, text) != text:
+            raise SystemExit(f"{self.path} was measured with another text of {model}: {self.texts[model]}")
+
+    def find(self, *key: str) -> dict[str, Any] | None:
+        names = ("model", "variant", "preset", "case")
+        return next((row for row in self.rows if tuple(row[n] for n in names) == key), None)
+
+    def has(self, *key: str) -> bool:
+        return self.find(*key) is not None
+
+    def add(self, model: str, variant: str, preset: str, case: str, values: dict[str, Any]) -> dict[str, Any]:
+        row = {"model": model, "variant": variant, "preset": preset, "case": case, **values}
+        self.rows.append(row | {"run": len(self.runs) - 1})
+        content = {
+            "settings": self.settings,
+            "runs": self.runs,
+            "cases": [asdict(c) for c in CASES],
+            "texts": self.texts,
+            "rows": self.rows,
+        }
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+        print("  ".join(cells(row)), flush=True)
+        return row
+
+    def markdown(self) -> str:
+        lines = ["| model | variant | preset | case | perplexity | gap | minutes |", "|---|---|---|---|---|---|---|"]
+        return "\n".join(lines + [f"| {' | '.join(cells(row))} |" for row in self.rows])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    names = [row["model"], row["variant"], row["preset"], row["case"]]
+    if row["perplexity"] is None:
+        return [*names, "refused", row["error"], ""]
+    perplexity_text = f"{row['perplexity']:.4f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.3g}"
+    return [*names, perplexity_text, f"{100 * row['gap']:.2f} %", f"{row['minutes']:.1f}"]
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _text(argument: str) -> tuple[str, Text]:
+    name, equals, rest = argument.partition("=")
+    parts = rest.split(",")
+    if not equals or len(parts) != 3 or not parts[2].isdecimal():
+        raise argparse.ArgumentTypeError(f"{argument!r} is not of the form NAME=CALIBRATION,EVALUATION,CHARS")
+    for path in parts[:2]:
+        if path != "python-stdlib" and not Path(path).is_file():
+            raise argparse.ArgumentTypeError(f"no file {path!r}")
+    return name, Text(parts[0], parts[1], int(parts[2]))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file for the rows")
+    parser.add_argument("--append", action="store_true", help="continue that file: measure what it lacks")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folder of model folders, measured as well")
+    parser.add_argument("--text", type=_text, action="append", default=[], metavar="NAME=CALIBRATION,EVALUATION,CHARS")
+    parser.add_argument("--max-chars", type=int, default=200_000, help="of the default evaluation text")
+    parser.add_argument(
+        "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"
+    )
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--factor", type=float, default=30.0, help="of the injected outliers")
+    parser.add_argument("--share", type=float, default=0.03, help="of the channels that become outliers")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--quick", action="store_true", help="4 steps on 8 sequences: does it run at all?")
+    args = parser.parse_args()
+    args.text = dict(args.text)
+    args.wants = lambda *key: not args.only or any(fnmatch("/".join(key), pattern) for pattern in args.only)
+    if not math.isfinite(args.factor) or args.factor <= 0:
+        parser.error("--factor must be positive")
+    return args
+
+
+if __name__ == "__main__":
+    main()

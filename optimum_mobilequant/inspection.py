@@ -1,0 +1,254 @@
+"""List every tensor of a saved checkpoint with its encoding, without loading the model.
+
+Only ``config.json``, the headers of the safetensors files and the small tensors of encodings are read; the model is
+built on the meta device, to know what the files must hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .checkpoint import check_files, skeleton
+from .checkpoint.pack import input_of
+from .config import MobileQuantConfig
+from .hf_quantizer import METHOD, plan_of, sentinel_key
+from .nn import QuantLinear
+from .numerics import Grid
+from .plan import ActivationSpec, Plan, WeightSpec
+
+_COLUMNS = ("tensor", "role", "bits", "scale", "zero_point", "min", "max", "bytes")
+
+
+@dataclass
+class Inspection:
+    """What a checkpoint holds.
+
+    Attributes:
+        rows: one dict for each tensor of the integer graph, activations first, in the order of the data flow. Keys:
+            ``tensor``, ``kind`` (activation, weight or bias), ``role``, ``bits``; ``scale`` and ``zero_point`` (one
+            number, or [smallest, largest] over the channels; None for a LayerNorm's bias, which has no grid of its
+            own); ``min`` and ``max``, the ends of what the integers can represent (of a bias: of what they hold);
+            ``bytes`` in the file.
+        moves: tensors that only move data -> the tensor whose encoding they carry.
+        totals: counts by kind; ``parameters`` and ``bits_per_parameter`` (weights and biases with their scales);
+            ``bytes`` (all tensors) and ``file_bytes`` (the safetensors files with their headers).
+        config: preset, recipe, family and format version.
+    """
+
+    rows: list[dict[str, Any]]
+    moves: dict[str, str]
+    totals: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """For a terminal: the rows, then the data movement, then the totals."""
+        lines = [list(_COLUMNS)] + [[_cell(row[column]) for column in _COLUMNS] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = []
+        for line in lines:
+            names = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+            text.append("  ".join(names + [cell.rjust(w) for cell, w in zip(line[2:], widths[2:], strict=True)]))
+        width = max((len(name) for name in self.moves), default=0)
+        text += ["", "data movement"] + [f"{name:<{width}}  as  {source}" for name, source in self.moves.items()]
+        summary = (self.config | self.totals).items()
+        return "\n".join([*text, ""] + [f"{key.replace('_', ' '):<20}{_cell(value)}" for key, value in summary])
+
+
+def inspect_checkpoint(path: str | PathLike[str]) -> Inspection:
+    """Read the encodings of a checkpoint that :func:`~optimum_mobilequant.quantize` produced.
+
+    Args:
+        path: the saved folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or files are missing in it.
+        ValueError: another kind of checkpoint; damaged files; a tensor of the integer graph without a valid encoding,
+            or a stored tensor that the graph does not have (names it).
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {str(path)!r}: give a folder that mobilequant saved")
+    files = _weight_files(folder)
+    model, config = _empty_model(folder)
+    plan = plan_of(model, config)
+    skeleton(model, plan)
+    check_files(model, map(str, files), config.to_dict(), sentinel_key(plan))
+    with ExitStack() as stack:
+        reader = _Reader([stack.enter_context(safe_open(file, framework="pt")) for file in files])
+        rows = [_activation_row(spec, reader) for spec in plan.activations.values()]
+        moves = dict(plan.moves)
+        for spec in plan.weights.values():
+            if spec.name == plan.family.head and plan.geometry.tied:
+                moves[f"{spec.name}.weight"] = f"{plan.family.embedding}.weight"
+            else:
+                rows.append(_weight_row(spec, reader))
+        rows += [_bias_row(name, model, plan, reader) for name in plan.weights if f"{name}.bias" in reader.keys]
+        reader.taken |= {f"{plan.family.embedding}.dtype_anchor", sentinel_key(plan)}  # they hold nothing
+        if left := sorted(reader.keys - reader.taken):
+            raise ValueError(f"{len(left)} stored tensors have no place in the plan, e.g. {', '.join(left[:4])}")
+        totals = _totals(rows, model, reader, files)
+    described = {"preset": config.preset, "recipe": config.recipe, "effort": config.effort, "family": plan.family.name}
+    return Inspection(rows, moves, totals, described | {"format_version": config.format_version})
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}); download or save the checkpoint again") from error
+    else:
+        names = ["model.safetensors"]
+    files = [folder / name for name in names]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download or save the checkpoint again")
+    return files
+
+
+def _empty_model(folder: Path) -> tuple[PreTrainedModel, MobileQuantConfig]:
+    """The architecture without weights, and the quantization config."""
+    architecture = AutoConfig.from_pretrained(folder)
+    stored = getattr(architecture, "quantization_config", None)
+    stored = stored if isinstance(stored, Mapping) or stored is None else stored.to_dict()
+    if stored is None or stored.get("quant_method") != METHOD:
+        found = "a float model" if stored is None else f"quantized by {stored.get('quant_method')!r}"
+        raise ValueError(
+            f"{str(folder)!r} is {found}, not a mobilequant checkpoint: give a folder that quantize saved"
+        )
+    config = MobileQuantConfig.from_dict(stored)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture), config
+
+
+class _Reader:
+    """Tensors of all shards by key; remembers which keys were asked for."""
+
+    def __init__(self, shards: Sequence[Any]):
+        self.place = {key: shard for shard in shards for key in shard.keys()}  # noqa: SIM118 (not a mapping)
+        self.taken: set[str] = set()
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self.place)
+
+    def tensor(self, key: str) -> Tensor:
+        self.taken.add(key)
+        value: Tensor = self.place[key].get_tensor(key)
+        return value
+
+    def below(self, prefix: str) -> list[str]:
+        return [key for key in self.place if key.startswith(f"{prefix}.")]
+
+    def bytes_of(self, key: str) -> int:
+        part = self.place[key].get_slice(key)
+        return math.prod(part.get_shape()) * _bits_of(part.get_dtype()) // 8
+
+
+def _bits_of(dtype: str) -> int:
+    return int("".join(c for c in dtype if c.isdigit()))  # "F32", "BF16", "U8", ...
+
+
+def _activation_row(spec: ActivationSpec, reader: _Reader) -> dict[str, Any]:
+    scale, zero_point = reader.tensor(f"{spec.name}.scale"), reader.tensor(f"{spec.name}.zero_point")
+    stored = sum(map(reader.bytes_of, reader.below(spec.name)))
+    row = _row((spec.name, "activation", spec.role), scale, zero_point, spec.grid, stored)
+    if spec.fixed is not None and (row["scale"], row["zero_point"]) != _as_stored(spec.fixed):
+        raise ValueError(f"activation {spec.name} has the fixed encoding {spec.fixed}, but the file holds another one")
+    return row
+
+
+def _as_stored(fixed: tuple[float, int]) -> tuple[float, int]:
+    return torch.tensor(fixed[0], dtype=torch.float32).item(), fixed[1]
+
+
+def _weight_row(spec: WeightSpec, reader: _Reader) -> dict[str, Any]:
+    name = f"{spec.name}.weight"
+    keys = reader.below(name)
+    reader.taken.update(keys)
+    scale = reader.tensor(f"{name}._scale")
+    if f"{name}._shift" in keys:
+        zero_point = reader.tensor(f"{name}._shift").to(torch.int32) - 8
+    elif f"{name}._zero_point" in keys:
+        zero_point = reader.tensor(f"{name}._zero_point")
+    else:
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    return _row((name, "weight", spec.role), scale, zero_point, spec.grid, sum(map(reader.bytes_of, keys)))
+
+
+def _bias_row(owner: str, model: PreTrainedModel, plan: Plan, reader: _Reader) -> dict[str, Any]:
+    """A linear's bias lies on the grid of its accumulator, ``input scale * weight scale``."""
+    name = f"{owner}.bias"
+    bias = reader.tensor(name)
+    if not torch.isfinite(bias).all():
+        raise ValueError(f"bias {name} in the checkpoint is not finite; the file is damaged")
+    row = {"tensor": name, "kind": "bias", "role": "bias", "bits": 32, "scale": None, "zero_point": None}
+    if isinstance(model.get_submodule(owner), QuantLinear):
+        tied = owner == plan.family.head and plan.geometry.tied
+        of_weight = reader.tensor(f"{plan.family.embedding if tied else owner}.weight._scale")
+        row |= {"scale": _ends(reader.tensor(f"{input_of(plan, owner)}.scale") * of_weight), "zero_point": 0}
+    return row | {"min": bias.min().item(), "max": bias.max().item(), "bytes": reader.bytes_of(name)}
+
+
+def _row(names: tuple[str, str, str], scale: Tensor, zero_point: Tensor, grid: Grid, stored: int) -> dict[str, Any]:
+    """The row of a tensor called (name, kind, role); raises ValueError if it has no valid encoding."""
+    name, kind, role = names
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError(f"{kind} {name} has no encoding: its scale is not finite and positive")
+    if not ((zero_point >= grid.qmin) & (zero_point <= grid.qmax)).all():
+        raise ValueError(f"{kind} {name} has a zero point outside its {grid.bits}-bit grid; the file is damaged")
+    row = {"tensor": name, "kind": kind, "role": role, "bits": grid.bits}
+    row |= {"scale": _ends(scale), "zero_point": _ends(zero_point)}
+    row |= {
+        "min": ((grid.qmin - zero_point) * scale).min().item(),
+        "max": ((grid.qmax - zero_point) * scale).max().item(),
+    }
+    return row | {"bytes": stored}
+
+
+def _ends(values: Tensor) -> Any:
+    """The one value, or [smallest, largest]."""
+    low, high = values.min().item(), values.max().item()
+    return low if low == high else [low, high]
+
+
+def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader, files: list[Path]) -> dict[str, Any]:
+    kinds = [row["kind"] for row in rows]
+    constants = [row for row in rows if row["kind"] != "activation"]
+    parameters = 0
+    for row in constants:
+        owner, _, part = row["tensor"].rpartition(".")
+        parameters += math.prod(getattr(model.get_submodule(owner), part).shape)
+    return {
+        "activations": kinds.count("activation"),
+        "weights": kinds.count("weight"),
+        "biases": kinds.count("bias"),
+        "parameters": parameters,
+        "bits_per_parameter": 8 * sum(row["bytes"] for row in constants) / parameters,
+        "bytes": sum(map(reader.bytes_of, reader.place)),
+        "file_bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " .. ".join(map(_cell, value))
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
