@@ -4,7 +4,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := optimum_mobilequant tests examples .ci
+CODE := optimum_mobilequant tests examples benchmarks .ci
 
 # Tests and demo need no network: a hub request in them is a fault and fails at once.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1

@@ -10,6 +10,7 @@ the up projection are multiplied, and the columns that read them divided: the fl
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -59,7 +60,7 @@ def inject_outliers(
     return chosen
 
 
-def _multiply(parameter: torch.Tensor, scale: torch.Tensor, offset: float = 0.0) -> None:
+def _multiply(parameter: Any, scale: torch.Tensor, offset: float = 0.0) -> None:
     """``parameter + offset`` is what the model multiplies with (Gemma's gains are stored minus 1)."""
     parameter.copy_((parameter.double() + offset) * scale.to(parameter.device) - offset)
 

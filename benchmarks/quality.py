@@ -97,12 +97,15 @@ def main() -> None:
         "factor": args.factor, "share": args.share,
     }  # fmt: skip
     table = Table(args.out, settings, append=args.append)
-    for name, folder in models.items():
+    missing: dict[str, list[tuple[str, Case]]] = {}
+    for name in models:
         wanted = [(v, c) for v in VARIANTS for c in CASES if args.wants(name, v, c.preset, c.name)]
-        missing = [(v, c) for v, c in wanted if not table.has(name, v, c.preset, c.name)]
-        if missing:
+        missing[name] = [(v, c) for v, c in wanted if not table.has(name, v, c.preset, c.name)]
+        if wanted:
             table.use_text(name, texts[name].record())
-            measure(name, folder, texts[name], missing, table, args)
+    for name, folder in models.items():
+        if missing[name]:
+            measure(name, folder, texts[name], missing[name], table, args)
     print(table.markdown())
 
 

@@ -127,7 +127,7 @@ def in_fresh_process(checkpoint: Path, logits: Path) -> dict[str, Any]:
 def check_reloaded(checkpoint: str, logits: str) -> None:
     """Body of the fresh process: ``import optimum_mobilequant`` above is all that loading takes."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     saved = load_file(logits)
     bitwise = torch.equal(model(saved["ids"]).logits, saved["logits"])
     torch.manual_seed(0)

@@ -72,7 +72,7 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("bos",), lambda v: isinstance(v, bool) or v == "auto", '"auto", True or False'),
     (("device", "family", "run_dir", "dataset_split", "text_column"), lambda v: isinstance(v, str), "a string"),
-    (("keep_float", "transforms"), _strings, "a list of names"),
+    (("transforms",), _strings, "a list of names"),
     (("overrides", "recorded", "scheme"), lambda v: isinstance(v, dict), "a dict"),
     (
         ("tokenizer",),
@@ -103,7 +103,6 @@ class MobileQuantConfig(QuantizationConfigMixin):
         overrides: exceptions to the preset. Keys are ``fnmatch`` patterns of module or tensor names, values hold
             any of ``weight_bits`` (4 or 8), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"`` or
             ``"tensor"``) and ``bits`` (activations, 8 or 16). They win over any preset, the paper's included.
-        keep_float: ``fnmatch`` patterns of modules that are not quantized.
         family: architecture family; None derives it from the model.
         scheme: the preset written out, as saved in a checkpoint; wins over the ``preset`` name, so that old
             checkpoints do not depend on today's preset table. None takes the table.
@@ -140,7 +139,6 @@ class MobileQuantConfig(QuantizationConfigMixin):
     effort: str = "default"
     seed: int = 0
     overrides: dict[str, dict[str, Any]] | None = None
-    keep_float: list[str] = field(default_factory=list)
     family: str | None = None
     scheme: dict[str, Any] | None = None
     samples: int | None = None
@@ -218,8 +216,6 @@ class MobileQuantConfig(QuantizationConfigMixin):
                 # 1 == True in Python: compare types too
                 if not any(value == option and type(value) is type(option) for option in allowed):
                     raise ValueError(f'overrides["{pattern}"]["{key}"] must be one of {allowed}, not {value!r}')
-            if pattern in self.keep_float:
-                raise ValueError(f'"{pattern}" is both in keep_float and in overrides; remove one of them')
 
     def resolve(self) -> Settings:
         """Concrete settings: recipe defaults <- effort <- the values set here.

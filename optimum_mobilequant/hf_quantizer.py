@@ -99,10 +99,12 @@ class MobileQuantHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         from .checkpoint.restore import restore_float
 
-        restore_float(model, plan_of(model, self.quantization_config), dtype or model.dtype)
+        # save_pretrained leaves a string in the model's config
+        wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        restore_float(model, plan_of(model, self.quantization_config), wanted)
         return model
 
 

@@ -77,7 +77,7 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
         statistics = Statistics.from_tensors(kept[0])
     elif edges:
         statistics = collect(student, job.data.train, batch_size=s.batch_size, description="calibrate again")
-    job.run.save("transform", statistics.to_tensors(), {})
+        job.run.save("transform", statistics.to_tensors(), {})
     learnables.set_ranges(student, choose_ranges(job.plan, statistics, s.range_init), learn=s.learn_ranges)
     if s.learn_clips or s.clip_init != "none":
         learnables.add_clips(s.clip_init)

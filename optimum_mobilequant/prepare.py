@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,8 +53,12 @@ class Prepared:
         # The caller may sit under no_grad or inference_mode; learning needs neither.
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(torch.no_grad())
-        self._before = (self.model.dtype, self.model.device, self.model.training)
-        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._device = self.model.device
+        # By name, for a reference would keep a tensor in memory after its integers have replaced it. The dtype of
+        # each tensor, not of the model: the rotary frequencies of a bfloat16 model are float32.
+        self._modes = {name: module.training for name, module in self.model.named_modules()}
+        self._dtypes = {name: t.dtype for name, t in chain(self.model.named_parameters(), self.model.named_buffers())}
+        self._trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if self.model.dtype != torch.float32:
             logger.info(f"working in float32; the model came in {self.model.dtype}")
         self._move(self.config.device or self.model.device, torch.float32)
@@ -66,14 +71,15 @@ class Prepared:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        dtype, device, training = self._before
+        self._move(self._device, torch.float32)
         if kind is not None:
-            self._move(device, dtype)
-            self.model.train(training)
-            for parameter in self._trainable:
-                parameter.requires_grad_(True)
-        else:
-            self._move(device, torch.float32)
+            for path, module in self.model.named_modules():
+                module.training = self._modes.get(path, module.training)
+                for name, buffer in list(module.named_buffers(prefix=path, recurse=False)):
+                    setattr(module, name.rpartition(".")[2], buffer.to(self._dtypes.get(name, buffer.dtype)))
+            for name, parameter in self.model.named_parameters():
+                parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
+                parameter.requires_grad_(name in self._trainable)
         self._stack.close()
 
     def _move(self, device: torch.device | str, dtype: torch.dtype) -> None:

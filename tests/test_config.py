@@ -33,7 +33,6 @@ EXAMPLES = {
         "dataset": "python-stdlib",
         "tokenizer": "owner/name",
         "overrides": {"*.down_proj": {"weight_bits": 8, "weight_granularity": "tensor"}, "*.v": {"bits": 16}},
-        "keep_float": ["lm_head"],
         "transforms": ("norm_qkv", "up_down"),
         "smooth_alpha": 0,
         "learn_clips": False,
@@ -97,15 +96,15 @@ def test_same_ids_hash_the_same_as_lists_or_tensors():
 
 
 def test_deepcopy_shares_dataset_and_tokenizer_only():
-    config = MobileQuantConfig(dataset=["a", "b"], tokenizer=Tokenizer(), recorded={"a": [1]}, keep_float=["x"])
+    config = MobileQuantConfig(dataset=["a", "b"], tokenizer=Tokenizer(), recorded={"a": [1]}, transforms=["v_o"])
     copied = copy.deepcopy(config)
     assert copied.dataset is config.dataset
     assert copied.tokenizer is config.tokenizer
     assert copied.recorded == config.recorded
     copied.recorded["a"].append(2)
-    copied.keep_float.append("y")
+    copied.transforms.append("q_k")
     assert config.recorded == {"a": [1]}
-    assert config.keep_float == ["x"]
+    assert config.transforms == ["v_o"]
 
 
 def test_stored_scheme_wins_over_the_preset_table():
@@ -167,8 +166,6 @@ def test_update_sets_all_or_nothing():
         ({"range_init": "min-max"}, 'did you mean "minmax"'),
         ({"transforms": ["norm_qvk"]}, 'did you mean "norm_qkv"'),
         ({"transforms": "norm_qkv"}, "transforms must be a list of names"),
-        ({"keep_float": "lm_head"}, "keep_float must be a list of names"),
-        ({"keep_float": None}, "keep_float must not be None"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": True}, "seed must be a whole number"),
         ({"samples": 0}, "samples must be a whole number from 1"),
@@ -188,7 +185,6 @@ def test_update_sets_all_or_nothing():
         ({"overrides": {"*.up_proj": {"weight_bits": 5}}}, r"must be one of \(4, 8\)"),
         ({"overrides": {"*.up_proj": {"weight_symmetric": 1}}}, r"must be one of \(True, False\)"),
         ({"overrides": {"*.up_proj": {}}}, "overrides maps patterns"),
-        ({"overrides": {"lm_head": {"weight_bits": 8}}, "keep_float": ["lm_head"]}, "both in keep_float"),
     ],
 )
 def test_bad_values_are_refused_by_name(options, message):

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..nn import Quantizer
+
 # Metadata key of the digest of what decides how integers are read.
 DIGEST_KEY = "mobilequant_scheme"
 
@@ -83,8 +85,20 @@ def check_files(model: nn.Module, files: Iterable[str], config: Mapping[str, Any
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse scales that are not finite and positive after loading (ValueError, names the tensor)."""
+    """Refuse, after loading, scales that are not finite and positive and zero points off their grid.
+
+    Raises:
+        ValueError: names the tensor.
+    """
     for name, buffer in model.named_buffers():
         is_scale = name.endswith((".scale", "._scale"))
         if is_scale and not (torch.isfinite(buffer).all() and (buffer > 0).all()):
             raise ValueError(f"{name} in the checkpoint is not finite and positive; the file is damaged")
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            zero_point, grid = int(module.zero_point), module.spec.grid
+            if not grid.qmin <= zero_point <= grid.qmax:
+                raise ValueError(
+                    f"{name}.zero_point in the checkpoint is {zero_point}, outside {grid.qmin} to {grid.qmax}; "
+                    "the file is damaged"
+                )

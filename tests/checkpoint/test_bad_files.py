@@ -1,18 +1,16 @@
 """Damaged or edited checkpoints give one clear error, and never a model that computes something else."""
 
-import errno
 import json
 import shutil
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_mobilequant import quantize
-from tests.tiny import FAMILIES, build, config, logits_of, run_python
+from tests.tiny import build, config, logits_of
 
 WEIGHTS = "model.safetensors"
 
@@ -158,6 +156,9 @@ def test_missing_shard(sharded):
 
 def test_shard_of_another_checkpoint(sharded, tmp_path):
     other = quantize(build("qwen2", seed=5), None, config("w4a8"))
+    other.save_pretrained(tmp_path / "whole")
+    # loaded first, as the victim was: transformers orders the tensors of loaded models differently
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     other.save_pretrained(tmp_path / "other", max_shard_size="10KB")
     victim = sorted(sharded.glob("model-*"))[1]
     shutil.copy(tmp_path / "other" / victim.name, victim)
@@ -174,8 +175,8 @@ def test_other_weight_formats_are_refused(folder):
 
 def test_model_of_another_size_is_refused(folder):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match="config.json and weights do not belong together"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 64}))
+    with pytest.raises(ValueError, match="but the config asks for"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -189,73 +190,3 @@ def test_offloading_is_refused(folder, device_map, tmp_path):
 def test_one_device_is_allowed(folder, device_map):
     expected = logits_of(AutoModelForCausalLM.from_pretrained(folder))
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)).cpu(), expected)
-
-
-# -- saving -----------------------------------------------------------------------------------------------------------
-
-
-def test_saving_over_the_folder_a_model_was_loaded_from(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    expected = logits_of(model)
-    model.save_pretrained(folder)
-    assert torch.equal(logits_of(model), expected)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), expected)
-
-
-@pytest.mark.parametrize(("preset", "intact"), [("w4a8-asym", True), ("w8a8", False)])
-def test_full_disk_while_saving_over_a_checkpoint(folder, monkeypatch, preset, intact):
-    """transformers writes config.json before the weights and in place. The error must reach the caller, and the mixed
-    folder must not load as something else: with the same scheme it is the old checkpoint, otherwise it is refused."""
-    expected = logits_of(AutoModelForCausalLM.from_pretrained(folder))
-    old = (folder / WEIGHTS).read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    model = quantize(build("qwen2", seed=1), None, config(preset))
-    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        model.save_pretrained(folder)
-    assert (folder / WEIGHTS).read_bytes() == old
-    if intact:
-        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), expected)
-    else:
-        with pytest.raises(ValueError, match="config.json and weights do not belong together|lacks .* tensors"):
-            AutoModelForCausalLM.from_pretrained(folder)
-
-
-# -- without the plugin -----------------------------------------------------------------------------------------------
-
-STOCK = """
-import json, sys
-from transformers import AutoModelForCausalLM
-outcome = {}
-for folder in sys.argv[1:]:
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-        outcome[folder] = "loaded"
-    except Exception as error:
-        outcome[folder] = f"{type(error).__name__}: {error}"
-assert not any("optimum_mobilequant" in name for name in sys.modules)
-print(json.dumps(outcome))
-"""
-
-
-def test_transformers_without_the_plugin_raises(tmp_path):
-    """Otherwise it would return random weights with a warning."""
-    folders = []
-    for variant in FAMILIES:
-        model = quantize(build(variant), None, config())
-        model.save_pretrained(tmp_path / variant)
-        model.save_pretrained(tmp_path / f"{variant}-shards", max_shard_size="20KB")
-        folders += [tmp_path / variant, tmp_path / f"{variant}-shards"]
-    edit_config(folders[0], lambda c: c.clear())
-    result = run_python(STOCK, *folders)
-    assert result.returncode == 0, result.stderr
-    outcome = json.loads(result.stdout.splitlines()[-1])
-    assert len(outcome) == 2 * len(FAMILIES)
-    assert [folder for folder, what in outcome.items() if what == "loaded"] == []
-    assert (
-        sum("q_proj.weight" in what or "mismatch" in what.lower() for what in outcome.values())
-        >= 2 * len(FAMILIES) - 1
-    )

@@ -38,8 +38,9 @@ def test_edges_cover_every_layer_and_fit_their_tensors(variant):
             used[index] = True
         assert used.all(), f"{edge.name} has scales that act on nothing"
         assert {e.sign for e in edge.effects} == {-1, 1}
-        if edge.activation is not None:
-            assert edge.activation in plan.activations
+        for name in edge.trade or (edge.activation,):
+            assert name in plan.activations
+        assert (edge.trade is None) == (edge.site != "q_k")
 
 
 def test_only_the_chosen_sites_in_a_fixed_order():
@@ -51,7 +52,15 @@ def test_only_the_chosen_sites_in_a_fixed_order():
         edges_of(plan.family, plan.geometry, ["gate_down"])
 
 
-@pytest.fixture(scope="module", params=["llama-gqa", "gemma", "qwen3"])
+def largest_of_shared(x, heads, g, over_all_heads):
+    """Channels ``[heads * head_dim]`` to one value for each q/k scale: maximum over rotary pairs, then over heads."""
+    x = x.view(heads, g.head_dim)
+    rotating, rest = x[:, : g.rotary_dims], x[:, g.rotary_dims :]
+    x = torch.cat([rotating.view(heads, 2, g.rotary_dims // 2).amax(1), rest], 1)
+    return x.amax(0) if over_all_heads else x.view(g.kv_heads, heads // g.kv_heads, -1).amax(1).flatten()
+
+
+@pytest.fixture(scope="module", params=["llama-gqa", "gemma", "qwen3", "stablelm"])
 def observed(request):
     model = build(request.param)
     plan = plan_of(model)
@@ -82,7 +91,33 @@ def test_start_values_are_the_closed_form(observed, alpha):
         for site, (x, w) in expected.items():
             scale = x.double() ** alpha / w.double() ** (1 - alpha)
             assert torch.allclose(logs[f"{f.layer(i)}.{site}"].double().exp(), scale, rtol=1e-5), site
-        assert not logs[f"{f.layer(i)}.q_k"].any()
+        query, key = (
+            largest_of_shared(absmax[f"{f.layer(i, f.attention)}.{name}"], heads, g, f.query_norm is not None).double()
+            for name, heads in (("query_rotated", g.heads), ("key_rotated", g.kv_heads))
+        )
+        scale = query ** (1 - alpha) / key**alpha
+        assert torch.allclose(logs[f"{f.layer(i)}.q_k"].double().exp(), scale, rtol=1e-5)
+
+
+def test_channels_are_observed_where_their_readers_see_them(observed):
+    """Each recorded magnitude equals the one of the float model's own tensor, channel by channel."""
+    model, plan, absmax = observed
+    f, seen = plan.family, {}
+    for i in range(plan.geometry.layers):
+        for part in (f.out, f.down, f.query, f.gate):
+            name = f.layer(i, part)
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda m, args, name=name: seen.update({name: args[0].abs().flatten(0, -2).amax(0)})
+            )
+    model(input_ids=torch.tensor(token_ids(8)))
+    for i in range(plan.geometry.layers):
+        for part, source in (
+            (f.out, f"{f.layer(i, f.attention)}.context"),
+            (f.down, f"{f.layer(i, f.down)}.input"),
+            (f.query, f"{f.layer(i, f.input_norm)}.output"),
+            (f.gate, f"{f.layer(i, f.mlp_norm)}.output"),
+        ):
+            assert torch.allclose(absmax[source], seen[f.layer(i, part)], rtol=1e-4, atol=1e-5), source
 
 
 def test_channels_that_never_fire_are_left_alone(observed):

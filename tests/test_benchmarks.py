@@ -1,0 +1,84 @@
+"""The benchmark scripts run and keep their files; their numbers are not tested."""
+
+import json
+import runpy
+import sys
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """``models/small``, a Llama with a byte tokenizer, and two texts."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    vocabulary = {token: index for index, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    path = folder / "models" / "small"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path)
+    tiny.build("llama-gqa", vocab_size=len(vocabulary), num_hidden_layers=1).save_pretrained(path)
+    (folder / "calibration.txt").write_text("Once there was a small dog who liked to read. " * 100, encoding="utf-8")
+    (folder / "evaluation.txt").write_text("The dog met a cat and they went to the park. " * 50, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """Runs a script in this process, which spares the start of an interpreter; returns what it exits with."""
+
+    def call(script, *options):
+        path = tiny.ROOT / "benchmarks" / script
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, options)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code
+
+    return call
+
+
+def quality(run, *options):
+    small = ["--models", "models", "--text", "small=calibration.txt,evaluation.txt,1000", "--quick", "--seq-len", 32]
+    return run("quality.py", "--out", "quality.json", *small, *options)
+
+
+def test_quality_measures_what_is_asked_for_and_no_row_twice(run, folder, capsys):
+    assert quality(run, "--only", "small/injected/w?a8/rtn") is None
+    first = json.loads((folder / "quality.json").read_text())
+    names = [(row["variant"], row["preset"], row["case"]) for row in first["rows"]]
+    assert names == [("injected", "float32", "float"), ("injected", "w8a8", "rtn"), ("injected", "w4a8", "rtn")]
+    assert all(row["perplexity"] > 1 and row["gap"] > -0.5 for row in first["rows"])
+    assert first["runs"][0]["versions"]["torch"]
+    assert "| small | injected | w4a8 | rtn |" in capsys.readouterr().out
+    assert str(folder) not in json.dumps(first)  # a result may be published: it names files, not places
+
+    assert "--append" in quality(run, "--only", "small/injected/w8a8/rtn")
+    wanted = ["--only", "small/injected/w8a8/*", "--only", "small/plain/w4a8/block-wise"]
+    assert quality(run, "--append", *wanted) is None
+    second = json.loads((folder / "quality.json").read_text())
+    assert second["rows"][:3] == first["rows"]
+    added = [(row["variant"], row["preset"], row["case"]) for row in second["rows"][3:]]
+    assert sorted(added) == [
+        ("injected", "w8a8", "mobilequant"),
+        ("injected", "w8a8", "smoothquant-edge"),
+        ("plain", "float32", "float"),
+        ("plain", "w4a8", "block-wise"),
+    ]
+    assert "was measured with" in quality(run, "--append", "--seed", 1)
+    assert "another text" in quality(run, "--append", "--text", "small=evaluation.txt,calibration.txt,9", *wanted)
+
+
+def test_cost_prints_ratios(run, folder, capsys):
+    sizes = ["--batch", 2, "--length", 32, "--rounds", 2, "--warmup", 1]
+    assert run("cost.py", "--model", "models/small", "--out", "cost.json", *sizes) is None
+    found = json.loads((folder / "cost.json").read_text())
+    assert found["time"]["ratio"] > 0 and found["memory"]["quantize bytes"] > 0
+    assert "ratio" in capsys.readouterr().out

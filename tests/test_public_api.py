@@ -1,0 +1,83 @@
+"""What ``import optimum_mobilequant`` gives and does."""
+
+import importlib
+import json
+
+import pytest
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import optimum_mobilequant
+from optimum_mobilequant import hf_quantizer
+from tests.tiny import run_python
+
+NAMES = ["MobileQuantConfig", "__version__", "inspect_checkpoint", "perplexity", "quantize"]
+
+
+def test_public_names():
+    assert sorted(optimum_mobilequant.__all__) == NAMES
+    assert dir(optimum_mobilequant) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_names_resolve_and_are_documented(name):
+    value = getattr(optimum_mobilequant, name)
+    if name != "__version__":
+        assert callable(value)
+        assert value.__doc__
+        assert value.__module__.startswith("optimum_mobilequant.")
+        assert getattr(optimum_mobilequant, name) is value
+
+
+def test_star_import():
+    scope = {}
+    exec("from optimum_mobilequant import *", scope)
+    assert set(NAMES) <= scope.keys()
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="module 'optimum_mobilequant' has no attribute 'quantise'"):
+        optimum_mobilequant.quantise  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'quantise'"):
+        exec("from optimum_mobilequant import quantise")
+
+
+def test_method_is_registered_with_transformers():
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["mobilequant"] is optimum_mobilequant.MobileQuantConfig
+    assert AUTO_QUANTIZER_MAPPING["mobilequant"] is hf_quantizer.MobileQuantHfQuantizer
+
+
+def test_registering_again_changes_nothing():
+    before = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
+    hf_quantizer.register()
+    assert (dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)) == before
+
+
+FRESH = """
+import json, sys
+import optimum_mobilequant
+first = dict(sys.modules)
+import importlib
+importlib.reload(optimum_mobilequant)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
+from transformers.models.auto import configuration_auto
+heavy = [name for name in ("datasets", "lm_eval", "onnx", "optimum.quanto") if name in first]
+print(json.dumps({"registered": list(table).count("mobilequant"), "heavy": heavy}))
+"""
+
+
+def test_fresh_import_registers_once_even_if_reloaded_and_loads_nothing_optional():
+    result = run_python(FRESH)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found["registered"] == 1
+    assert set(found["heavy"]) <= {"optimum.quanto"}
+
+
+@pytest.mark.parametrize(
+    "module", ["nn", "numerics", "plan", "families", "transform", "calibrate", "tune", "checkpoint", "evaluate"]
+)
+def test_names_of_the_subpackages_resolve(module):
+    package = importlib.import_module(f"optimum_mobilequant.{module}")
+    for name in getattr(package, "__all__", ()):
+        assert getattr(package, name) is not None
