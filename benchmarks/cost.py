@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from transformers.utils import logging
 from optimum_mobilequant import MobileQuantConfig, quantize
 from optimum_mobilequant.pipeline import calibrate, transform
 from optimum_mobilequant.prepare import prepare, versions
+from optimum_mobilequant.resources import peak_memory
 from optimum_mobilequant.tune import build_student, learn_end_to_end
 from optimum_mobilequant.tune.objective import make_objective
 
@@ -96,20 +96,11 @@ def compare_time(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def peak_bytes() -> int:
-    """Peak resident size. Linux hands its own count for ``getrusage`` on from parent to child, VmHWM starts anew."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def measure_memory(args: argparse.Namespace) -> int:
     """Peak of the one thing ``args.memory_of`` names, above the peak before the model is loaded."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = torch.randint(5, len(tokenizer), (args.batch, args.length), generator=torch.Generator().manual_seed(0))
-    before = peak_bytes()
+    before = peak_memory()
     model = load(args)
     if args.memory_of == "float forward":
         with torch.no_grad():
@@ -121,7 +112,7 @@ def measure_memory(args: argparse.Namespace) -> int:
             step(data)
     else:
         quantize(model, tokenizer, config_of(args))
-    return peak_bytes() - before
+    return peak_memory() - before
 
 
 MEASURED = ("float forward", "float forward and backward", "quantize")

@@ -21,10 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .checkpoint import check_files, skeleton
-from .checkpoint.pack import input_of
+from .checkpoint.pack import bias_scale, input_of
 from .config import MobileQuantConfig
 from .hf_quantizer import METHOD, plan_of, sentinel_key
-from .nn import QuantLinear
 from .numerics import Grid
 from .plan import ActivationSpec, Plan, WeightSpec
 
@@ -193,16 +192,16 @@ def _weight_row(spec: WeightSpec, reader: _Reader) -> dict[str, Any]:
 
 
 def _bias_row(owner: str, model: PreTrainedModel, plan: Plan, reader: _Reader) -> dict[str, Any]:
-    """A linear's bias lies on the grid of its accumulator, ``input scale * weight scale``."""
+    """Biases lie on int32 grids, see ``checkpoint.pack.bias_scale``."""
     name = f"{owner}.bias"
     bias = reader.tensor(name)
     if not torch.isfinite(bias).all():
         raise ValueError(f"bias {name} in the checkpoint is not finite; the file is damaged")
-    row = {"tensor": name, "kind": "bias", "role": "bias", "bits": 32, "scale": None, "zero_point": None}
-    if isinstance(model.get_submodule(owner), QuantLinear):
-        tied = owner == plan.family.head and plan.geometry.tied
-        of_weight = reader.tensor(f"{plan.family.embedding if tied else owner}.weight._scale")
-        row |= {"scale": _ends(reader.tensor(f"{input_of(plan, owner)}.scale") * of_weight), "zero_point": 0}
+    tied = owner == plan.family.head and plan.geometry.tied
+    of_weight = reader.tensor(f"{plan.family.embedding if tied else owner}.weight._scale")
+    near = {n: (reader.tensor(f"{n}.scale"), torch.empty(0)) for n in {f"{owner}.output", input_of(plan, owner)}}
+    scale = bias_scale(plan, owner, near, of_weight)
+    row = {"tensor": name, "kind": "bias", "role": "bias", "bits": 32, "scale": _ends(scale), "zero_point": 0}
     return row | {"min": bias.min().item(), "max": bias.max().item(), "bytes": reader.bytes_of(name)}
 
 

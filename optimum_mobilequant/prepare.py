@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from .data import CalibrationData, calibration_data
 from .families import family_of, geometry_of
 from .plan import Plan, build_plan
 from .recipes import Settings
+from .resources import memory_estimate, peak_memory
 from .run_dir import RunDirectory, fingerprint_of
 from .tune import LearnResult
 
@@ -108,9 +107,7 @@ class Prepared:
 
     def record(self, result: LearnResult, final_nll: float) -> None:
         """Fill ``config.recorded`` with what the run measured."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if torch.cuda.is_available() and str(self.config.device or "").startswith("cuda"):
-            peak = torch.cuda.max_memory_allocated()
+        peak = peak_memory(self.config.device or self._device)
         self.recorded |= {
             "versions": versions(),
             "data": self.data.description,
@@ -203,6 +200,10 @@ def check_model(model: nn.Module) -> None:
             )
         if not parameter.is_floating_point():
             raise ValueError(f"parameter {name} is {parameter.dtype}: load the float model, not a quantized one")
+        if parameter.dtype == torch.float64:
+            raise ValueError(
+                f"parameter {name} is float64, which tuning in float32 would round; call model.float() first"
+            )
         if not torch.isfinite(parameter).all():
             raise ValueError(f"parameter {name} holds values that are not finite; the checkpoint is damaged")
 
@@ -235,21 +236,6 @@ def nll(model: nn.Module, ids: Tensor, batch_size: int) -> float:
         logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1].float()
         total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(device), reduction="sum"))
     return total / ids[:, 1:].numel()
-
-
-def memory_estimate(plan: Plan, settings: Settings) -> int:
-    """Bytes a run needs beyond the interpreter: float32 weights, rounded weights kept for the backward pass, and the
-    activations of one batch (two tensors a quantizer, one without training or with gradient checkpointing)."""
-    g = plan.geometry
-    layer = g.head_dim * (g.heads * 2 + g.kv_heads * 2) * g.hidden + 3 * g.hidden * g.mlp
-    embedding = g.vocabulary * g.hidden * (1 if g.tied else 2)
-    tokens = settings.batch_size * settings.seq_len
-    sites = 8 * g.hidden + 3 * g.head_dim * (g.heads + g.kv_heads) + 5 * g.mlp + 3 * g.heads * settings.seq_len
-    training = settings.steps > 0
-    kept_layers = g.layers if training and not settings.gradient_checkpointing else 1
-    rounded = layer * kept_layers + embedding if training else layer
-    activations = tokens * (sites * kept_layers * (2 if training else 1) + 4 * g.vocabulary)
-    return 4 * (layer * g.layers + embedding + rounded + activations)
 
 
 def versions() -> dict[str, str]:

@@ -52,9 +52,9 @@ class Recipe:
     objective: str = "logits_kl"
     tuning: str = "none"
     rounding: str = "nearest"
-    lr_transforms: float = 1e-3
-    lr_clips: float = 1e-2
-    lr_ranges: float = 1e-3
+    lr_transforms: float = 1e-2
+    lr_clips: float = 5e-2
+    lr_ranges: float = 5e-3
     top_k: int = 1024
 
 
@@ -156,10 +156,11 @@ RECIPES: dict[str, Recipe] = _table(
         "mobilequant",
         "transforms, clipping and activation ranges learned together, end to end",
         transforms=("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k"),
-        smooth_alpha=0.5,
+        smooth_alpha=0.7,
         learn_transforms=True,
         learn_clips=True,
         learn_ranges=True,
+        range_init="mse",
         clip_init="mse",
         objective="logits_kl",
         tuning="end-to-end",
@@ -168,9 +169,9 @@ RECIPES: dict[str, Recipe] = _table(
 
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0),
-    Effort("light", "a first look", 64, 256, 8, 100, 25),
-    Effort("default", "the usual trade", 128, 256, 8, 300, 50),
-    Effort("best", "when the result matters more than the wait", 512, 1024, 8, 2000, 100),
+    Effort("light", "a first look", 128, 256, 8, 60, 20),
+    Effort("default", "the usual trade", 320, 256, 8, 240, 30),
+    Effort("best", "when the result matters more than the wait", 1024, 1024, 8, 2000, 100),
 )
 
 

@@ -217,7 +217,7 @@ def iter_documents(
     elif kind != "name":
         rows = (_row(row, f"dataset row {number}") for number, row in enumerate(dataset))
     elif str(dataset) in BUILT_IN:
-        rows = stdlib_texts(split or "train")
+        rows = stdlib_texts(split or "calibration")
     elif path.is_file():
         if path.suffix not in FILE_TYPES:
             raise ValueError(f"{path} has an unknown file type; known: {', '.join(FILE_TYPES)}")

@@ -1,8 +1,8 @@
 """Text that every Python installation carries: the standard library's sources and documentation.
 
 It is the calibration set of last resort (``dataset="python-stdlib"``, no network, no download) and the corpus on which
-the embedded demo model is trained. Files are split by the hash of their name, so the training and the held-out part
-stay disjoint across Python versions and machines.
+the embedded demo model is trained. Files are split by the hash of their name, so the parts stay disjoint across Python
+versions and machines.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ _SKIPPED_FOLDERS = {
     "ensurepip",
     "__pycache__",
 }
-_HELD_OUT_SHARE = 20  # one file in twenty
+# Of 40 files one is for calibration, one for evaluation, the rest for training. A model is more certain of what it was
+# trained on, and its activations differ there: calibration text must be as new to it as the text it will read.
+_SPLITS = {0: "test", 20: "calibration"}
 
 
-def _is_held_out(name: str) -> bool:
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_SHARE == 0
+def _split_of(name: str) -> str:
+    return _SPLITS.get(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 40, "train")
 
 
-def stdlib_texts(split: str = "train") -> list[str]:
+def stdlib_texts(split: str = "calibration") -> list[str]:
     """Texts of the running interpreter's standard library, in a fixed order.
 
     Args:
-        split: ``"train"`` (19 files in 20) or ``"test"`` (the held-out rest).
+        split: ``"train"`` (38 files in 40), ``"calibration"`` or ``"test"`` (one in 40 each).
 
     Returns:
         One string for each source file and each documentation topic, ordered by the hash of its name.
@@ -42,8 +44,8 @@ def stdlib_texts(split: str = "train") -> list[str]:
         ValueError: unknown split.
         FileNotFoundError: the interpreter carries no standard-library sources (a frozen or stripped build).
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    if split not in ("train", "calibration", "test"):
+        raise ValueError(f"split must be 'train', 'calibration' or 'test', not {split!r}")
     root = Path(sysconfig.get_path("stdlib"))
     named: dict[str, str] = {}
     for path in root.rglob("*.py"):
@@ -60,5 +62,5 @@ def stdlib_texts(split: str = "train") -> list[str]:
         raise FileNotFoundError(
             f"no Python sources under {root}: this interpreter ships without them; give a text file as dataset instead"
         )
-    wanted = [name for name in named if _is_held_out(name) == (split == "test") and named[name].strip()]
+    wanted = [name for name in named if _split_of(name) == split and named[name].strip()]
     return [named[name] for name in sorted(wanted, key=lambda n: hashlib.sha256(n.encode()).hexdigest())]

@@ -77,7 +77,7 @@ def build(variant: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
                 deviation = 0.5 if "embed" in name else parameter.shape[1] ** -0.5
-                parameter.copy_(noise * deviation * (1.5 if "q_proj" in name or "k_proj" in name else 1.0))
+                parameter.copy_(noise * deviation)
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.2)
             else:

@@ -68,7 +68,7 @@ def main() -> None:
     train_texts = stdlib_texts("train")
     tokenizer = train_tokenizer(train_texts)
     stream = token_stream(tokenizer, train_texts)
-    held_out = token_stream(tokenizer, stdlib_texts("test"))
+    held_out = token_stream(tokenizer, stdlib_texts("calibration") + stdlib_texts("test"))
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,

@@ -10,9 +10,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..nn import Mode, quantizers_of, set_mode
+from ..plan import ActivationSpec
 
-# Values kept of each activation for the range search: an even sample of all, and the extremes of every batch exactly.
-# A sample alone misses the few huge values of first tokens, and a range that cuts those ruins the model.
+# Values kept of each 8-bit activation for the range search: an even sample, and exactly the extremes of the largest
+# token vectors. A sample alone misses the few huge values of first tokens, and a range that cuts those ruins the
+# model.
 SAMPLE = 1 << 14
 TAIL = 128
 _PER_CHANNEL_ROLES = {"norm", "product", "context", "query_rotated", "key_rotated"}
@@ -24,7 +26,7 @@ class Statistics:
 
     Args:
         low, high: 0-dim float32 extremes.
-        sample: float32 ``[2, n]``: values, and the number of elements each stands for.
+        sample: float32 ``[2, n]`` of the 8-bit activations: values, and the number of elements each stands for.
         channel_absmax: float32 ``[channels]`` of the activations that transforms divide.
     """
 
@@ -47,11 +49,11 @@ class Statistics:
 
 
 class _Observer:
-    def __init__(self, role: str, keep: int):
+    def __init__(self, spec: ActivationSpec, batches: int):
         self.low = self.high = torch.tensor(0.0)
         self.absmax: Tensor | None = None
-        self.role = role
-        self.keep = keep
+        self.role = spec.role
+        self.keep = max(1, SAMPLE // batches) if spec.bits <= 8 else 0
         self.kept: list[Tensor] = []
 
     def flat_heads(self, x: Tensor) -> Tensor:
@@ -67,15 +69,20 @@ class _Observer:
             torch.minimum(self.low.to(low.device), low),
             torch.maximum(self.high.to(high.device), high),
         )
-        flat = x.reshape(-1)
-        body = flat[:: max(1, flat.numel() // self.keep)][: self.keep]
-        size = min(TAIL, flat.numel())
-        tails = torch.cat([flat.topk(size).values, flat.topk(size, largest=False).values])
-        weights = torch.cat([torch.full_like(body, flat.numel() / len(body)), torch.ones_like(tails)])
-        self.kept.append(torch.stack([torch.cat([body, tails]), weights]).cpu())
+        if self.keep:
+            self.kept.append(self.sample(x).cpu())
         if self.role in _PER_CHANNEL_ROLES:
             channels = self.flat_heads(x).abs().flatten(0, -2).amax(0)
             self.absmax = channels if self.absmax is None else torch.maximum(self.absmax, channels)
+
+    def sample(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1)
+        body = flat[:: max(1, flat.numel() // self.keep)][: self.keep]
+        vectors = x.reshape(-1, x.shape[-1])
+        size = min(TAIL, len(vectors))
+        tails = torch.cat([vectors.amax(1).topk(size).values, vectors.amin(1).topk(size, largest=False).values])
+        weights = torch.cat([torch.full_like(body, flat.numel() / len(body)), torch.ones_like(tails)])
+        return torch.stack([torch.cat([body, tails]), weights])
 
 
 @torch.no_grad()
@@ -92,8 +99,7 @@ def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: st
     batches = ids.split(batch_size)
     observers: dict[str, _Observer] = {}
     for quantizer in quantizers_of(student):
-        keep = max(1, SAMPLE // len(batches))
-        quantizer.observer = _Observer(quantizer.spec.role, keep)
+        quantizer.observer = _Observer(quantizer.spec, len(batches))
         observers[quantizer.spec.name] = quantizer.observer
     set_mode(student, Mode.OBSERVE)
     device = next(student.buffers()).device
@@ -113,6 +119,6 @@ def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: st
     return Statistics(
         low={n: o.low.cpu() for n, o in observers.items()},
         high={n: o.high.cpu() for n, o in observers.items()},
-        sample={n: torch.cat(o.kept, dim=1) for n, o in observers.items()},
+        sample={n: torch.cat(o.kept, dim=1) for n, o in observers.items() if o.kept},
         channel_absmax={n: o.absmax.cpu() for n, o in observers.items() if o.absmax is not None},
     )

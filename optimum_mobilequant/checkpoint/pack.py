@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..nn import QWeight, quantizers_of, swap
-from ..nn.modules import QuantLinear
 from ..nn.tunable import TunableBias, TunableWeight
 from ..numerics import dequantize, quantize
 from ..numerics.qparams import Grid
@@ -60,7 +60,7 @@ class Packed:
 def pack(student: nn.Module, plan: Plan) -> Packed:
     """Fold transforms and clipping of a tuned student into its weights and round them to nearest.
 
-    Biases of linears land on the int32 grid ``input scale * weight scale`` of their accumulator.
+    Biases land on int32 grids, see :func:`bias_scale`.
 
     Raises:
         ValueError: a scale is not finite and positive (names the tensor).
@@ -74,16 +74,27 @@ def pack(student: nn.Module, plan: Plan) -> Packed:
             packed.weights[path] = module.weight.codes()
         if isinstance(module.bias if hasattr(module, "bias") else None, TunableBias):
             bias = module.bias.folded()
-            if isinstance(module, QuantLinear):
-                scale = packed.activations[input_of(plan, path)][0] * packed.weights[path][1].reshape(-1)
-                zero = torch.zeros((), dtype=torch.int32, device=bias.device)
-                bias = dequantize(quantize(bias, scale, zero, _BIAS_GRID), scale, zero)
-            packed.biases[path] = bias
+            scale = bias_scale(plan, path, packed.activations, packed.weights[path][1])
+            zero = torch.zeros((), dtype=torch.int32, device=bias.device)
+            packed.biases[path] = dequantize(quantize(bias, scale, zero, _BIAS_GRID), scale, zero)
     scales = {f"{path}.weight": parts[1] for path, parts in packed.weights.items()}
     scales |= {name: parts[0] for name, parts in packed.activations.items()}
     if bad := [name for name, scale in scales.items() if not (torch.isfinite(scale).all() and (scale > 0).all())]:
         raise ValueError(f"these scales are not finite and positive: {', '.join(bad)}")
     return packed
+
+
+def bias_scale(
+    plan: Plan, path: str, activations: Mapping[str, tuple[Tensor, Tensor]], weight_scale: Tensor
+) -> Tensor:
+    """Scale of the int32 grid of a bias, ``[out]`` or 0-dim.
+
+    A linear's is that of its accumulator, ``input scale * weight scale``. A LayerNorm's is 2^-15 steps of its output:
+    32 bits then reach 65536 output steps.
+    """
+    if plan.weights[path].role == "gain":
+        return activations[f"{path}.output"][0] * 2.0**-15
+    return activations[input_of(plan, path)][0] * weight_scale.reshape(-1)
 
 
 def input_of(plan: Plan, linear: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..numerics import fake_quantize, fake_quantize_learned
+from ..numerics import fake_quantize, fake_quantize_learned, fake_quantize_open
 from ..plan import ActivationSpec
 
 
@@ -50,9 +50,12 @@ class Quantizer(nn.Module):
         if self.mode is Mode.QUANTIZE:
             return fake_quantize(x, self.scale, self.zero_point, self.spec.grid)
         if self.mode is Mode.LEARN:
-            if self.learned is None:
-                return fake_quantize(x, self.scale, self.zero_point, self.spec.grid)
-            return fake_quantize_learned(x, *self.learned, self.spec.grid)
+            if self.learned is not None:
+                return fake_quantize_learned(x, *self.learned, self.spec.grid)
+            # Known and score ranges hold all values; the score matrices are what would cost most to keep.
+            is_open = self.spec.fixed is not None or self.spec.role == "scores"
+            rounding = fake_quantize_open if is_open else fake_quantize
+            return rounding(x, self.scale, self.zero_point, self.spec.grid)
         if self.mode is Mode.OBSERVE and self.observer is not None:
             self.observer.update(x.detach())
         return x

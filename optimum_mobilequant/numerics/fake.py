@@ -58,6 +58,25 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     return out.to(x.dtype)
 
 
+def fake_quantize_open(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """As :func:`fake_quantize`, but the gradient passes everywhere, so nothing is kept for the backward pass.
+
+    For ranges that hold all values by construction, such as probabilities in [0, 1].
+    """
+    out: Tensor = _FakeQuantizeOpen.apply(x.float(), scale, zero_point, grid)
+    return out.to(x.dtype)
+
+
+class _FakeQuantizeOpen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        return _snap(x, scale, zero_point.to(scale.dtype), grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None
+
+
 def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """As :func:`fake_quantize`, per tensor, with gradients to a 0-dim float ``scale`` and integer-valued float
     ``zero_point`` (rounded upstream with a straight-through estimator)."""

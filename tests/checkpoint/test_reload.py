@@ -117,6 +117,13 @@ def test_loading_in_low_precision_keeps_what_is_stored(saved, tmp_path, variant,
     assert torch.equal(logits_of(back), logits_of(model))
 
 
+@pytest.mark.parametrize("asked", ["eager", "sdpa"])
+def test_attention_asked_for_while_loading_cannot_replace_the_quantized_one(saved, asked):
+    model, folder = saved()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=asked)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
 def test_cast_model_saves_the_same_integers(saved, tmp_path):
     model, folder = saved("qwen2")
     AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path)

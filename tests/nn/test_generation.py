@@ -96,3 +96,10 @@ def test_padding_mask_is_respected_without_rounding():
     inputs = padded(probe_ids(), 3)
     float_logits, found = (m(**inputs, use_cache=False).logits[:, 3:] for m in (model, student))
     assert relative_error(found, float_logits) <= 2e-5
+
+
+def test_export_computes_the_same_bits(quantized):
+    """The graph that torch.export traces, which converters start from."""
+    inputs = {"input_ids": probe_ids(), "use_cache": False}
+    exported = torch.export.export(quantized, (), inputs, strict=False).module()
+    assert torch.equal(exported(**inputs).logits, logits_of(quantized))

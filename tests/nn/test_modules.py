@@ -58,6 +58,21 @@ def test_biases_lie_on_the_grid_of_the_accumulator():
             assert bool(((linear.bias - floats[f"{name}.bias"]).abs() <= step * 0.501).all())
 
 
+def test_biases_of_layer_norms_lie_on_a_grid_far_finer_than_the_output():
+    model = build("stablelm")
+    floats = {n: b.clone() for n, b in model.named_parameters() if n.endswith("norm.bias")}
+    quantized = quantize(model, None, config())
+    assert len(floats) == 5
+    for name, bias in floats.items():
+        norm = quantized.get_submodule(name.removesuffix(".bias"))
+        step = norm.output.scale.double() * 2.0**-15
+        codes = norm.bias.double() / step
+        assert codes.abs().max() < 2**31
+        # float32 holds 24 of the 32 bits
+        assert torch.allclose(codes, codes.round(), rtol=1e-7, atol=1e-3)
+        assert torch.allclose(norm.bias, bias, rtol=1e-6, atol=float(step))
+
+
 def test_modes():
     spec = ActivationSpec("x", "up", 8)
     quantizer, x = Quantizer(spec), torch.tensor([-0.3, 0.0, 0.26])

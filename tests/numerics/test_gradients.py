@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_mobilequant.numerics import Grid, fake_quantize, fake_quantize_learned, fake_quantize_weight
+from optimum_mobilequant.numerics import (
+    Grid,
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_open,
+    fake_quantize_weight,
+)
 from optimum_mobilequant.numerics.fake import round_straight_through
 
 GRID = Grid(8, False)
@@ -66,6 +72,16 @@ def test_gradient_passes_inside_and_stops_outside_a_fixed_encoding():
     fake_quantize(x, torch.tensor(0.05), torch.tensor(0), GRID).sum().backward()
     # the outermost code owns its full half step, so 12.76 + 0.02 still rounds to a code
     assert x.grad.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_open_range_rounds_alike_and_lets_every_gradient_pass():
+    x = torch.tensor([-1.0, 0.0, 0.312, 12.0, 20.0], requires_grad=True)
+    scale, zero_point = torch.tensor(0.05), torch.tensor(3, dtype=torch.int32)
+    out = fake_quantize_open(x, scale, zero_point, GRID)
+    assert torch.equal(out.detach(), fake_quantize(x.detach(), scale, zero_point, GRID))
+    upstream = torch.randn(5)
+    out.backward(upstream)
+    assert torch.equal(x.grad, upstream)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

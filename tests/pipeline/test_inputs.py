@@ -71,6 +71,10 @@ def offloaded():
     return model
 
 
+def in_float64():
+    return half_trained(dtype=torch.float64)
+
+
 def of_integers():
     model = half_trained()
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCAB, 32, dtype=torch.int8), requires_grad=False)
@@ -91,6 +95,7 @@ def of_integers():
         (on_meta, {}, "weights without data \\(meta device\\)"),
         (from_inference_mode, {}, "loaded under torch.inference_mode"),
         (offloaded, {}, "offloaded to disk or split with the CPU"),
+        (in_float64, {}, "is float64, which tuning in float32 would round; call model.float"),
         (of_integers, {}, "parameter lm_head.weight is torch.int8: load the float model"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from optimum_mobilequant import pipeline, quantize
+from optimum_mobilequant.nn import QuantActivation
 from optimum_mobilequant.nn.quantizer import quantizers_of
 from tests.folding import relative_error
-from tests.tiny import FAMILIES, build, config, logits_of, probe_ids
+from tests.tiny import FAMILIES, build, config, logits_of, probe_ids, token_ids
 
 
 def learned(variant="llama-gqa", preset="w4a8", **options):
@@ -20,16 +21,17 @@ def same(a, b):
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_gradient_checkpointing_changes_no_bit(variant, monkeypatch):
-    calls = []
-    original = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
-    expected = learned(variant)
-    assert not calls
-    result = learned(variant, gradient_checkpointing=True)
-    assert calls, "nothing was checkpointed"
+    runs = {}
+    forward = QuantActivation.forward
+    for option in (None, True):
+        calls = []
+        monkeypatch.setattr(QuantActivation, "forward", lambda self, x, c=calls: c.append(1) or forward(self, x))
+        runs[option] = learned(variant, gradient_checkpointing=option), len(calls)
+    (expected, plain), (result, checkpointed) = runs.values()
+    assert checkpointed - plain == 4 * 2, "each of 4 steps should have recomputed 2 layers"
     assert same(result, expected)
     assert not result.training
-    assert not result.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in result.modules())
 
 
 def test_a_bfloat16_teacher_gives_nearly_the_same():
@@ -40,9 +42,13 @@ def test_a_bfloat16_teacher_gives_nearly_the_same():
     assert start["bfloat16"] == pytest.approx(start["float32"], rel=0.1)
 
 
-def test_block_wise_tuning_of_the_main_recipe():
-    model = learned(tuning="block-wise", steps=6)
-    assert model.config.quantization_config.recorded["loss"]["objective"] == "hidden_mse"
+def test_block_wise_tuning_of_the_main_recipe(monkeypatch):
+    choose = pipeline.choose_ranges
+    monkeypatch.setattr(pipeline, "choose_ranges", lambda *a: {n: (3 * x, 3 * y) for n, (x, y) in choose(*a).items()})
+    model = learned(preset="w8a8", tuning="block-wise", steps=20, lr_ranges=0.1)
+    loss = model.config.quantization_config.recorded["loss"]
+    assert loss["objective"] == "hidden_mse"
+    assert loss["best"] < 0.7 * loss["start"]
 
 
 @pytest.mark.parametrize("transforms", [["norm_qkv"], ["q_k"], []])
@@ -66,7 +72,7 @@ def test_range_methods(method):
 def test_range_methods_differ():
     scales = {}
     for method in ("minmax", "percentile", "mse"):
-        model = quantize(build("llama-gqa"), None, config(range_init=method))
+        model = quantize(build("llama-gqa"), None, config(range_init=method, dataset=token_ids(160), samples=64))
         scales[method] = torch.stack([q.scale for q in quantizers_of(model)])
     assert not torch.equal(scales["minmax"], scales["percentile"])
     assert not torch.equal(scales["minmax"], scales["mse"])
@@ -90,7 +96,7 @@ def test_more_bits_are_nearer_to_the_float_model():
     }
     assert error["w8a16"] < error["w8a8"] < error["w4a8"]
     assert error["w8a16"] < error["w4a16"] < error["w4a8"]
-    assert error["w8a16"] < 0.02 * reference.norm()
+    assert error["w8a16"] < 0.1 * reference.norm()
 
 
 def test_samples_and_length_bound_the_data():

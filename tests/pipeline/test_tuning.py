@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from optimum_mobilequant import pipeline, quantize, recipes
 from optimum_mobilequant.nn import Mode, set_mode
 from optimum_mobilequant.transform import edges_of
+from optimum_mobilequant.tune import parameters
 from optimum_mobilequant.tune.loop import batch_index
 from optimum_mobilequant.tune.objective import kl_top_k
 from tests.folding import divergence, fold, random_scales
@@ -100,30 +101,24 @@ def unbalanced(monkeypatch):
         model = build(variant)
         plan = plan_of(model)
         edges = edges_of(plan.family, plan.geometry, sites)
-        return fold(model, edges, random_scales(edges, 1.0))
+        return fold(model, edges, random_scales(edges, 1.5))
 
     return make
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "gemma"])
-@pytest.mark.parametrize(
-    ("sites", "gain"), [(["up_down", "v_o"], 0.5), (["norm_qkv", "norm_mlp"], 0.5), (["q_k"], 0.9)], ids=str
-)
-def test_learned_transforms_repair_unbalanced_channels(variant, sites, gain, learnables, unbalanced):
+@pytest.mark.parametrize("sites", [["up_down", "v_o"], ["norm_qkv", "norm_mlp"], ["q_k"]], ids="+".join)
+def test_learned_transforms_repair_unbalanced_channels(variant, sites, learnables, unbalanced):
     model = tuned(unbalanced(variant, sites), **LONGER, transforms=sites, **only("transforms", 0.1))
-    assert gain_of(model) < gain
+    assert gain_of(model) < 0.6
     ((before, after, _),) = learnables
     assert moved(before, after) == {"transforms"}
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "gemma"])
-def test_learned_clips_cut_rare_large_weights(variant, learnables):
-    model, generator = build(variant), torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "proj" in name:
-                weight.mul_(torch.where(torch.rand(weight.shape, generator=generator) < 0.02, 3.0, 1.0))
-    assert gain_of(tuned(model, "w4a16", **LONGER, clip_init="none", **only("clips", 0.3))) < 0.95
+def test_learned_clips_open_ranges_that_cut_too_much(variant, learnables, monkeypatch):
+    monkeypatch.setattr(parameters, "DEFAULT_CLIP_LOGIT", -1.0)  # a share of 0.27 of each range
+    assert gain_of(tuned(build(variant), "w4a16", **LONGER, clip_init="none", **only("clips", 0.1))) < 0.75
     ((before, after, _),) = learnables
     assert moved(before, after) == {"clips"}
 
