@@ -108,7 +108,8 @@ def inspect_checkpoint(path: str | PathLike[str]) -> Inspection:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    single = folder / "model.safetensors"
+    if index.is_file() and not single.is_file():  # transformers prefers the single file, too
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

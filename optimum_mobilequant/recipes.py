@@ -170,7 +170,7 @@ RECIPES: dict[str, Recipe] = _table(
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0),
     Effort("light", "a first look", 128, 256, 8, 60, 20),
-    Effort("default", "the usual trade", 320, 256, 8, 240, 30),
+    Effort("default", "the usual trade", 320, 256, 8, 200, 25),
     Effort("best", "when the result matters more than the wait", 1024, 1024, 8, 2000, 100),
 )
 

@@ -83,7 +83,7 @@ def test_every_tensor_of_the_plan_is_listed_with_the_model_s_own_values(saved, v
             assert row["min"] - slack <= values.min() <= values.max() <= row["max"] + slack
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     assert {name for name, row in rows.items() if row["kind"] == "bias"} == biases
-    assert all((rows[name]["scale"] is None) == ("norm" in name) for name in biases)
+    assert all(rows[name]["scale"] for name in biases)
 
     stored = sum(row["bytes"] for row in found.rows)
     assert stored == sum(t.nbytes for name, t in model.state_dict().items() if not name.endswith("dtype_anchor"))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantLinear, QuantNorm
+from ..nn.attention import refuse_other_attention
 from ..nn.quantizer import quantize_output
 from ..plan import Plan
 
@@ -58,6 +59,9 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
         for key, hook in list(left._forward_hooks.items()):
             if hook is quantize_output:
                 del left._forward_hooks[key]
+        for key, pre_hook in list(left._forward_pre_hooks.items()):
+            if pre_hook is refuse_other_attention:
+                del left._forward_pre_hooks[key]
     model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     del model._tied_weights_keys, model.all_tied_weights_keys  # back to the class's
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -49,5 +49,18 @@ def quantized_attention(
     return module.context(context.transpose(1, 2).contiguous()), probabilities
 
 
+def refuse_other_attention(module: Any, args: Any) -> None:
+    """Forward pre-hook of an attention module: with another implementation its quantizers would be skipped.
+
+    Raises:
+        RuntimeError: the model was switched away from this implementation.
+    """
+    if module.config._attn_implementation != NAME:
+        raise RuntimeError(
+            f'attention implementation "{module.config._attn_implementation}" would skip the quantized attention; '
+            f'call model.set_attn_implementation("{NAME}")'
+        )
+
+
 AttentionInterface.register(NAME, quantized_attention)
 AttentionMaskInterface.register(NAME, eager_mask)

@@ -91,6 +91,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         attn = model.get_submodule(f.layer(i, f.attention))
         for name in ("query_rotated", "key_rotated", "scores", "probabilities", "context"):
             setattr(attn, name, quantizer(f"{f.layer(i, f.attention)}.{name}"))
+        attn.register_forward_pre_hook(attention.refuse_other_attention)
         layer: Any = model.get_submodule(f.layer(i))
         layer.output = quantizer(f"{f.layer(i)}.output")
         layer.register_forward_hook(quantize_output)

@@ -43,7 +43,8 @@ def build_student(model: nn.Module, plan: Plan, *, checkpointing: bool = False) 
             module.p = 0.0  # gradient checkpointing needs train mode; the objective does not want noise
     student.eval()
     if checkpointing:
-        enable: Any = student.gradient_checkpointing_enable
+        old: Any = student.gradient_checkpointing_enable
+        enable: Any = getattr(student, "activation_checkpointing_enable", old)  # renamed during transformers 5
         enable({"use_reentrant": False})
         student.train()  # transformers checkpoints in train mode only; dropout is off
     return student
