@@ -140,7 +140,9 @@ def _quantize(args: argparse.Namespace) -> int:
     import torch
 
     from optimum_mobilequant import MobileQuantConfig, quantize
+    from optimum_mobilequant.log import show_progress_lines
 
+    show_progress_lines()
     config = MobileQuantConfig.from_dict(fields)
     _check_dataset(config)
     device = _check_device(args.device)

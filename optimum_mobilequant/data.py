@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging
 
+from .log import get_logger
 from .sources import dataset_kind, iter_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 _POOL = 8  # the stream is read for this many times the tokens needed, so that the draw has something to choose from
 

@@ -9,17 +9,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from .checkpoint import check_files, scheme_digest, skeleton
 from .checkpoint.files import DIGEST_KEY, check_values
 from .config import MobileQuantConfig
 from .families import family_of, geometry_of
+from .log import get_logger
 from .nn import Quantizer, QuantLinear, QWeight
 from .plan import Plan, build_plan
 from .sources import dataset_record
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 METHOD = "mobilequant"
 

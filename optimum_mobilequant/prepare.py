@@ -15,11 +15,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from .config import MobileQuantConfig
 from .data import CalibrationData, calibration_data
 from .families import family_of, geometry_of
+from .log import get_logger
 from .plan import Plan, build_plan
 from .recipes import Settings
 from .resources import memory_estimate, peak_memory
@@ -29,7 +29,7 @@ from .tune import LearnResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

@@ -15,8 +15,6 @@ from transformers.utils import logging
 
 from .parameters import Learnables
 
-logger = logging.get_logger(__name__)
-
 # Rates fall along a cosine to this share of their start (paper: 1e-3 -> 1e-4).
 FINAL_RATE = 0.1
 # Rounding makes each step's gradient noisy; what is validated and kept is the running mean of about 1 / (1 - AVERAGE)
@@ -111,7 +109,7 @@ def learn_end_to_end(
     if optimizer is None:
         return result
 
-    bar = tqdm(range(first, steps), desc=description, initial=first, total=steps, leave=False,
+    bar = tqdm(range(first, steps), desc=description, initial=first, total=steps,
                disable=not logging.is_progress_bar_enabled())  # fmt: skip
     with torch.enable_grad():
         for step in bar:
