@@ -56,6 +56,10 @@ CASES = (
       for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "mobilequant")),
     Case("rtn", "w8a8-full", {"recipe": "rtn"}),
     Case("mobilequant", "w8a8-full", {"recipe": "mobilequant"}),
+    # The published plan rounds queries and keys to 8 bits before the rotary embedding as well.
+    Case("8-bit q/k", "w8a8", {
+        "recipe": "mobilequant", "overrides": {"*.q_proj.output": {"bits": 8}, "*.k_proj.output": {"bits": 8}},
+    }),
     # What end-to-end tuning and learned ranges contribute. Each layer of the block-wise run sees as many sequences as
     # the whole model does end to end; its objective is the one a single layer has, so that change has a row as well.
     Case("fixed ranges", "w4a8", {"recipe": "mobilequant", "learn_ranges": False}),

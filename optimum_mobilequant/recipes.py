@@ -52,9 +52,9 @@ class Recipe:
     objective: str = "logits_kl"
     tuning: str = "none"
     rounding: str = "nearest"
-    lr_transforms: float = 1e-2
+    lr_transforms: float = 2e-2
     lr_clips: float = 5e-2
-    lr_ranges: float = 5e-3
+    lr_ranges: float = 1e-2
     top_k: int = 1024
 
 
