@@ -66,7 +66,7 @@ def compare_time(args: argparse.Namespace) -> dict[str, float]:
     resumed: float | None = None
     with prepare(load(args), AutoTokenizer.from_pretrained(args.model), config_of(args), None) as job:
         float_pass = float_step(load(args))
-        student = build_student(job.model, job.plan)
+        student = build_student(job.model, job.plan, checkpointing=job.settings.gradient_checkpointing)
         learnables = transform(job.model, student, calibrate(student, job), job)
         s = job.settings
         objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)

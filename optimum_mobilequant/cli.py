@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import shutil
@@ -84,11 +83,6 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit code: 0, 1 (the run failed, or doctor found a fault), 2 (bad input), 130 (interrupted).
     """
-    package_logger = logging.getLogger("optimum_mobilequant")
-    handler = logging.StreamHandler()  # stderr
-    old_level = package_logger.level
-    package_logger.addHandler(handler)
-    package_logger.setLevel(logging.INFO)
     try:
         code: int = args.run_command(args)
         sys.stdout.flush()
@@ -110,9 +104,6 @@ def run(args: argparse.Namespace) -> int:
             return FAILED_RUN
         print(f"error: {message}", file=sys.stderr)
         return BAD_INPUT
-    finally:
-        package_logger.removeHandler(handler)
-        package_logger.setLevel(old_level)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,6 +129,7 @@ def _quantize(args: argparse.Namespace) -> int:
         fields[key] = value
 
     import torch
+    from safetensors import SafetensorError
 
     from optimum_mobilequant import MobileQuantConfig, quantize
     from optimum_mobilequant.log import show_progress_lines
@@ -153,8 +145,11 @@ def _quantize(args: argparse.Namespace) -> int:
     try:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+            again = "run the same command again" if args.run_dir else "run again, with --run-dir to keep the stages"
+            raise OSError(f"{out} was not written ({error}): free some space and {again}") from error
         raise
     _put_in_place(staged, out, args.overwrite)
     print(f"saved {out} ({sum(path.stat().st_size for path in out.rglob('*') if path.is_file()):,} bytes)")
@@ -293,11 +288,24 @@ def _check_device(name: str) -> Any:
 
 
 def _load(name: str, dtype: Any) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except ValueError as error:
+            raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+            raise ValueError(
+                f"{name!r} lacks {len(missing)} weights, among them {', '.join(missing[:4])}: config.json and weights "
+                "do not belong together, or the model is no causal language model"
+            )
+        return model, tokenizer
+    except SafetensorError as error:
+        raise ValueError(f"a weight file of {name!r} is damaged or truncated ({error}): download it again") from error
     except OSError as error:
         if Path(name).is_dir():
             raise

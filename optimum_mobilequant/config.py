@@ -117,7 +117,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         range_init: ``"minmax"``, ``"percentile"`` or ``"mse"``. clip_init: ``"none"`` or ``"mse"``.
         lr_transforms, lr_clips, lr_ranges: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute each layer in the backward pass: a third more time for a fraction of the
+            memory, the same result bit for bit. None recomputes.
         teacher_dtype: ``"float32"`` or ``"bfloat16"``.
         device: where to work, e.g. ``"cuda:0"``; None stays where the model is.
         run_dir: folder that keeps finished stages so that an interrupted run resumes; None keeps nothing.

@@ -1,4 +1,4 @@
-"""The transformers adapter: the only file that knows HfQuantizer and differences between transformers versions."""
+"""The transformers adapter: the only file that knows HfQuantizer and its differences between versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .checkpoint.files import DIGEST_KEY, check_values
 from .config import MobileQuantConfig
 from .families import family_of, geometry_of
 from .log import get_logger
-from .nn import Quantizer, QuantLinear, QWeight
 from .plan import Plan, build_plan
 from .sources import dataset_record
 
@@ -160,6 +159,3 @@ def register() -> None:
         register_quantization_config(METHOD)(MobileQuantConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(MobileQuantHfQuantizer)
-
-
-__all__ = ["MobileQuantHfQuantizer", "QWeight", "QuantLinear", "Quantizer", "attach", "plan_of", "register"]

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from .calibrate import Statistics, choose_ranges, collect
 from .checkpoint import Packed, install, pack
 from .config import MobileQuantConfig
+from .log import get_logger
 from .prepare import Prepared, nll, prepare
 from .transform import edges_of, smooth_scales
-from .tune import Learnables, LearnResult, build_student, learn_blockwise, learn_end_to_end
+from .tune import Learnables, LearnResult, build_student, learn_blockwise, learn_end_to_end, refuse_different
 from .tune.objective import make_objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
 
 
 def quantize(
@@ -31,7 +34,7 @@ def quantize(
         model: a transformers causal LM of a known family, on one device. It is changed in place at the very end, after
             everything that can fail; until then it is the teacher and stays as it is.
         tokenizer: for text datasets; None takes ``config.tokenizer``, then the one saved beside the model.
-        config: preset, data and recipe; see :class:`MobileQuantConfig`.
+        config: preset, data and recipe; see :class:`MobileQuantConfig`. It is copied, not changed.
         run_dir: folder for the stages' results; wins over ``config.run_dir``. A run that is interrupted resumes there,
             with the result of an uninterrupted one bit for bit.
 
@@ -73,6 +76,7 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
     learnables = Learnables(
         student, job.plan, edges, smooth_scales(edges, model, statistics.channel_absmax, s.smooth_alpha or 0.0)
     )
+    refuse_different(student, model, job.data.validation[:1])
     if (kept := job.run.load("transform")) is not None:
         statistics = Statistics.from_tensors(kept[0])
     elif edges:
@@ -116,6 +120,11 @@ def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Pre
             **shared,
         )
     job.run.save("learn", learnables.state_dict(), vars(result))
+    if s.steps and result.best_step == 0:
+        logger.warning(
+            f"{s.steps} steps of learning found nothing better than the start, which is kept: lower the learning "
+            "rates (lr_transforms, lr_clips, lr_ranges) or give more steps"
+        )
     learnables.release(student)
     result.refuse_if_worse()
     return result

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as package_version
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -15,19 +16,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .config import MobileQuantConfig
 from .data import CalibrationData, calibration_data
+from .evaluate.perplexity import exp_or_inf
 from .families import family_of, geometry_of
 from .log import get_logger
 from .plan import Plan, build_plan
 from .recipes import Settings
 from .resources import memory_estimate, peak_memory
 from .run_dir import RunDirectory, fingerprint_of
+from .sources import dataset_kind, iter_documents
 from .tune import LearnResult
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
 
@@ -60,7 +64,11 @@ class Prepared:
         self._trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if self.model.dtype != torch.float32:
             logger.info(f"working in float32; the model came in {self.model.dtype}")
-        self._move(self.config.device or self.model.device, torch.float32)
+        try:
+            self._move(self.config.device or self.model.device, torch.float32)
+        except BaseException as error:  # out of memory: `with` calls no __exit__ for a failed __enter__
+            self.__exit__(type(error), error, None)
+            raise
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -102,7 +110,7 @@ class Prepared:
         if not math.isfinite(self.float_nll):
             raise ValueError("the float model's loss on the validation text is not finite; check model and tokenizer")
         logger.info(
-            f"validation perplexity: float {math.exp(self.float_nll):.4f}, start {math.exp(self.start_nll):.4f}"
+            f"validation perplexity: float {exp_or_inf(self.float_nll):.4f}, start {exp_or_inf(self.start_nll):.4f}"
         )
 
     def record(self, result: LearnResult, final_nll: float) -> None:
@@ -113,9 +121,9 @@ class Prepared:
             "data": self.data.description,
             "data_sha256": self.data.sha256,
             "validation_perplexity": {
-                "float": math.exp(self.float_nll),
-                "start": math.exp(self.start_nll),
-                "quantized": math.exp(final_nll),
+                "float": exp_or_inf(self.float_nll),
+                "start": exp_or_inf(self.start_nll),
+                "quantized": exp_or_inf(final_nll),
             },
             "loss": {"objective": self.settings.objective, "start": result.start, "best": result.best},
             "best_step": result.best_step,
@@ -143,6 +151,17 @@ def prepare(
         ValueError: no dataset; unknown family; preset and overrides that fit no tensor; weights that are not finite,
             missing, offloaded or already quantized; too little text.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"quantize needs a transformers model in memory, not a {type(model).__name__}; load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    if not isinstance(config, MobileQuantConfig) or isinstance(tokenizer, MobileQuantConfig):
+        raise ValueError(
+            "the arguments are quantize(model, tokenizer, config), with a MobileQuantConfig as config and None or a "
+            f"tokenizer before it, not {type(tokenizer).__name__} and {type(config).__name__}"
+        )
+    config = copy.deepcopy(config)  # the run writes into it; the caller's can serve another run (data are shared)
     settings = config.resolve()
     if config.dataset is None:
         raise ValueError(
@@ -150,17 +169,21 @@ def prepare(
             'texts or token ids, a Hub dataset, or "python-stdlib" for text that every Python carries)'
         )
     check_model(model)
+    check_device(config.device or model.device)
     family = family_of(model, config.family)
     geometry = geometry_of(model, family)
     plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
+    # A name with a slip in it, or the record of a saved config: say so before looking for a tokenizer.
+    next(iter_documents(config.dataset, split=config.dataset_split, text_column=config.text_column), None)
     if tokenizer is None:
         tokenizer = _tokenizer_of(model, config)
     positions = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
+    settings = replace(settings, seq_len=min(settings.seq_len, positions))
     data = calibration_data(
         config.dataset,
         tokenizer,
         samples=settings.samples,
-        seq_len=min(settings.seq_len, positions),
+        seq_len=settings.seq_len,
         seed=settings.seed,
         bos=config.bos,
         split=config.dataset_split,
@@ -208,9 +231,20 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"parameter {name} holds values that are not finite; the checkpoint is damaged")
 
 
-def _tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTrainedTokenizerBase | None:
-    from .sources import dataset_kind
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that this machine does not have.
 
+    Raises:
+        ValueError: torch's reason.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for "not built in" and "no such card"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'device "{device}" cannot be used here ({reason}); use another one') from error
+
+
+def _tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTrainedTokenizerBase | None:
     given = config.tokenizer
     if given is not None and not isinstance(given, str):
         return given

@@ -272,7 +272,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             "recipe": recipe.name,
             "effort": effort.name,
             "seed": seed,
-            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", False)),
+            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", values["steps"] > 0)),
             "teacher_dtype": asked.get("teacher_dtype", "float32"),
         }
     )

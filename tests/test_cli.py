@@ -196,6 +196,20 @@ def test_bad_input_is_one_line_and_loads_nothing(calls, float_model, text_file, 
     assert (full / "notes.txt").read_text() == "precious"
 
 
+def test_damaged_float_models_are_refused(calls, float_model, text_file, tmp_path, capsys):
+    """Not completed with random weights, and no traceback."""
+    import shutil
+
+    short, cut = (shutil.copytree(float_model, tmp_path / name) for name in ("short", "cut"))
+    content = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 3, "layer_types": None}))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:2000])
+    for folder, message in ((short, "lacks 9 weights, among them model.layers.2."), (cut, "damaged or truncated")):
+        assert cli.main(quantize_args(folder, text_file, tmp_path / "out")) == cli.BAD_INPUT
+        assert message in capsys.readouterr().err
+    assert calls.count == 0 and not (tmp_path / "out").exists()
+
+
 def test_overwrite_does_not_take_the_input_away(calls, float_model, text_file, capsys):
     files = {path: path.read_bytes() for path in float_model.iterdir()}
     assert cli.main(quantize_args(float_model, text_file, float_model, "--overwrite")) == 2
@@ -307,6 +321,19 @@ def test_a_failed_save_keeps_the_old_model(calls, float_model, text_file, tmp_pa
     assert "No space left" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+
+
+def test_a_full_disk_is_one_line(calls, float_model, text_file, tmp_path, monkeypatch, capsys):
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert cli.main(quantize_args(float_model, text_file, tmp_path / "out")) == cli.BAD_INPUT
+    assert "free some space and run again, with --run-dir" in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_a_folder_filled_meanwhile_is_kept_and_so_is_the_result(calls, float_model, text_file, tmp_path, capsys):

@@ -138,8 +138,8 @@ def perplexity(
     words = len(text_or_ids.split()) if isinstance(text_or_ids, str) else None
     per_word = nll * ids.numel() / words if words else None
     return PerplexityResult(
-        perplexity=_exp(nll),
-        word_perplexity=None if per_word is None else _exp(per_word),
+        perplexity=exp_or_inf(nll),
+        word_perplexity=None if per_word is None else exp_or_inf(per_word),
         tokens=scored,
         words=words,
         seconds=seconds,
@@ -147,6 +147,6 @@ def perplexity(
     )
 
 
-def _exp(value: float) -> float:
+def exp_or_inf(value: float) -> float:
     """``math.exp`` that says inf where the number has no float; a broken model deserves a number, not a crash."""
     return math.exp(value) if value < 709 else math.inf

@@ -107,6 +107,11 @@ def family_of(model: nn.Module, name: str | None = None) -> Family:
         if getattr(model.config, flag, False):
             raise ValueError(f"{family.name} with {flag}=True ({meaning}) is not supported")
     missing = [path for path in _paths(family) if not _has(model, path)]
+    if family.head in missing and getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head ({family.head}); load the model with "
+            "AutoModelForCausalLM"
+        )
     if missing:
         raise ValueError(
             f'family "{family.name}" expects modules that this model lacks: {", ".join(missing)}. Filled-in entry '

@@ -42,8 +42,9 @@ def quantized_attention(
     scores = torch.matmul(query.reshape(*grouped, head_dim), key.transpose(2, 3)) * scaling
     scores = module.scores(scores.view(batch, heads, length, -1))
     if attention_mask is not None:
-        # The mask's hidden value absorbs any score, so a hidden position gets probability 0 exactly.
-        scores = scores + attention_mask
+        # The mask's hidden value absorbs any score, so a hidden position gets probability 0 exactly. In float32: a
+        # float16 sum would overflow to -inf, and rows of padding, all hidden, to NaN.
+        scores = scores.float() + attention_mask
     probabilities = module.probabilities(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype))
     context = torch.matmul(probabilities.view(*grouped, -1), value).view(batch, heads, length, -1)
     return module.context(context.transpose(1, 2).contiguous()), probabilities

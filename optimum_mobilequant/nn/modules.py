@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,10 @@ class QuantLinear(_Biased):
         if self.input is not None:
             x = self.input(x)
         bias = self.bias() if isinstance(self.bias, TunableBias) else self.bias
-        return self.output(F.linear(x, self._weight()(x.dtype), None if bias is None else bias.to(x.dtype)))
+        weight = self._weight()(x.dtype)
+        if self.tied is not None:
+            weight = weight.to(x.device)  # a device map may put the head on another card than its table
+        return self.output(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
 
 
 class QuantNorm(_Biased):
@@ -112,12 +116,32 @@ class QuantNorm(_Biased):
             # The decoder layer adds this same tensor to the MLP's output: rounding it in place is what makes the
             # residual branch carry the codes that the norm sees.
             x.copy_(self.input(x.clone()))
-        h = x.float()
-        if self.centre:
-            h = h - h.mean(-1, keepdim=True)
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight(torch.float32)
+        h: Tensor = _Normalise.apply(x.float(), self.weight(torch.float32), self.eps, self.centre)
         bias = self.bias() if isinstance(self.bias, TunableBias) else self.bias
         return self.output((h if bias is None else h + bias.float()).to(x.dtype))
+
+
+class _Normalise(torch.autograd.Function):
+    """``gain * (x - mean) / rms``, keeping for the backward pass one tensor of the size of ``x`` instead of five."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, centre: bool) -> Tensor:
+        if centre:
+            x = x - x.mean(-1, keepdim=True)
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse, gain)
+        ctx.centre = centre
+        return x * inverse * gain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, gain = ctx.saved_tensors
+        normal, scaled = x * inverse, grads[0] * gain
+        grad_x = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * inverse
+        if ctx.centre:
+            grad_x = grad_x - grad_x.mean(-1, keepdim=True)
+        grad_gain = (grads[0] * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_gain, None, None
 
 
 class QuantEmbedding(nn.Module):

@@ -50,7 +50,7 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
             bias_of(path, old),
             quantizer(f"{path}.output"),
             eps=norm_eps(old),
-            centre=isinstance(old, nn.LayerNorm),
+            centre=f.norm_kind == "layer",
             input=optional(f"{path}.input"),
         )
         model.set_submodule(path, new)

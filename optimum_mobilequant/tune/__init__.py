@@ -3,6 +3,6 @@
 from .blockwise import learn_blockwise
 from .loop import LearnResult, learn_end_to_end
 from .parameters import Learnables
-from .student import build_student
+from .student import build_student, refuse_different
 
-__all__ = ["LearnResult", "Learnables", "build_student", "learn_blockwise", "learn_end_to_end"]
+__all__ = ["LearnResult", "Learnables", "build_student", "learn_blockwise", "learn_end_to_end", "refuse_different"]

@@ -181,7 +181,8 @@ def _restore(
     parts: dict[str, dict[str, Tensor]] = {"now": {}, "mean": {}, "best": {}, "adam": {}}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
-        parts[kind][name] = tensor
+        # Adam's step counter stays where the optimizer wants it; load_state_dict moves the moments.
+        parts[kind][name] = tensor if kind == "adam" else tensor.to(learnables.ranges.device)
     learnables.load_state_dict(parts["now"])
     if optimizer is not None and parts["adam"]:
         moments: dict[int, dict[str, Tensor]] = {}

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..plan import Plan
 
-# Positions whose logits are held at once by the KL: bounds memory for large vocabularies.
-_CHUNK = 4096
+# Positions whose distributions are held at once: bounds memory for large vocabularies.
+_BLOCK = 512
 
 
 def kl_top_k(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
@@ -28,17 +28,42 @@ def kl_top_k(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
     Returns:
         0-dim float32, nats.
     """
-    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-    total = student.new_zeros((), dtype=torch.float32)
-    for s, t in zip(student.split(_CHUNK), teacher.split(_CHUNK), strict=True):
-        log_p = F.log_softmax(t.float(), dim=-1)
-        log_q = F.log_softmax(s.float(), dim=-1)
-        if top_k < t.shape[-1]:
-            log_p, index = log_p.topk(top_k, dim=-1)
-            log_q = log_q.gather(-1, index)
-            log_p, log_q = (torch.cat([x, _log_rest(x)], dim=-1) for x in (log_p, log_q))
-        total = total + F.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    return total / student.shape[0]
+    loss: Tensor = _KLTopK.apply(student.flatten(0, -2), teacher.flatten(0, -2), top_k)
+    return loss
+
+
+class _KLTopK(torch.autograd.Function):
+    """The divergence and its gradient in one pass over blocks of positions: only the gradient is kept.
+
+    With q the student's probabilities and r the bucket: ``d/d logit_j = q_j - p_j`` on the teacher's tokens and
+    ``q_j (1 - p_r / q_r)`` in the tail.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
+        total = torch.zeros((), device=student.device)
+        slope = torch.empty_like(student, dtype=torch.float32)
+        for s, t, out in zip(student.split(_BLOCK), teacher.split(_BLOCK), slope.split(_BLOCK), strict=True):
+            log_p, log_q = F.log_softmax(t.float(), dim=-1), F.log_softmax(s.float(), dim=-1)
+            if top_k >= t.shape[-1]:
+                out.copy_(log_q.exp() - log_p.exp())
+            else:
+                log_p, index = log_p.topk(top_k, dim=-1)
+                out.copy_(log_q.exp())
+                log_q = log_q.gather(-1, index)
+                rest_p, rest_q = _log_rest(log_p), _log_rest(log_q)
+                heads = log_q.exp() - log_p.exp()
+                out.mul_(1 - (rest_p - rest_q).exp()).scatter_(-1, index, heads)
+                log_p, log_q = torch.cat([log_p, rest_p], dim=-1), torch.cat([log_q, rest_q], dim=-1)
+            total += F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+        ctx.save_for_backward(slope)
+        ctx.dtype = student.dtype
+        return total / len(student)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * (grads[0] / len(slope))).to(ctx.dtype), None, None
 
 
 def _log_rest(log_p: Tensor) -> Tensor:

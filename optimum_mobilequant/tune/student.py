@@ -6,11 +6,38 @@ import copy
 from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..nn import swap
+from ..nn import Mode, set_mode, swap
 from ..nn.tunable import TunableBias, TunableWeight
 from ..plan import Plan
+
+# Rescaling changes float32 rounding only; a wrong family entry changes the function.
+_SAME = 1e-3
+
+
+@torch.no_grad()
+def refuse_different(student: nn.Module, model: nn.Module, ids: Tensor) -> None:
+    """Check that the student, transformed but not rounded, computes what the float model computes.
+
+    Args:
+        ids: int64 ``[sequences, length]``, on any device.
+
+    Raises:
+        ValueError: the logits differ; the family's entry does not describe this architecture.
+    """
+    ids = ids.to(next(student.buffers()).device)
+    set_mode(student, Mode.OFF)
+    found, expected = (m(input_ids=ids, use_cache=False).logits.float() for m in (student, model))
+    set_mode(student, Mode.QUANTIZE)
+    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    if not error <= _SAME:
+        raise ValueError(
+            f"before any rounding the swapped model already differs from the float model (relative error of the "
+            f"logits {error:.2g}): the family's entry does not describe this architecture. Check norm_kind, "
+            f"gain_offset and the module names in optimum_mobilequant/families/table.py, or leave out family=..."
+        )
 
 
 def build_student(model: nn.Module, plan: Plan, *, checkpointing: bool = False) -> nn.Module:

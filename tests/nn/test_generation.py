@@ -1,12 +1,14 @@
 """A static encoding does not depend on what else is in the batch or the cache: decoding equals prefill."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optimum_mobilequant import quantize
 from optimum_mobilequant.nn import Mode, set_mode
+from optimum_mobilequant.nn.attention import quantized_attention
 from optimum_mobilequant.tune import build_student
 from tests.folding import Float64, decode, prefill, relative_error
 from tests.tiny import FAMILIES, build, config, logits_of, plan_of, probe_ids
@@ -63,6 +65,16 @@ def test_padded_batch_stays_finite_in_low_precision(quantized, dtype):
 
 
 @torch.no_grad()
+def test_a_row_of_padding_with_low_scores_stays_finite_in_float16():
+    """The float16 sum of a score of -50 and the mask's -65504 is -inf; a whole row of it would give NaN."""
+    same = torch.nn.Identity()
+    module = SimpleNamespace(query_rotated=same, key_rotated=same, scores=same, probabilities=same, context=same)
+    ones, hidden = torch.ones(1, 1, 2, 4, dtype=torch.float16), torch.finfo(torch.float16).min
+    mask = torch.tensor([[hidden, hidden], [0.0, 0.0]], dtype=torch.float16)[None, None]
+    context, _ = quantized_attention(module, -12.5 * ones, ones, ones, mask, 1.0)
+    assert context.dtype == torch.float16 and torch.isfinite(context).all()
+
+
 def test_future_tokens_have_no_influence(quantized):
     ids = probe_ids()
     other = ids.clone()

@@ -109,6 +109,36 @@ def test_unsuitable_input(make, options, message, monkeypatch):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("org/model", None, config()), "needs a transformers model in memory, not a str"),
+        ((build("llama"), config()), r"quantize\(model, tokenizer, config\)"),
+        ((build("llama"), None, {"preset": "w4a8"}), "not NoneType and dict"),
+        ((build("llama").model, None, config()), "load the model with AutoModelForCausalLM"),
+        ((build("llama"), None, config(device="cuda:99")), 'device "cuda:99" cannot be used here'),
+        ((build("llama"), None, config(dataset="missing/calib.txt")), "calib.txt does not exist"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        quantize(*arguments)
+
+
+def test_a_config_serves_several_runs():
+    shared = config()
+    for variant in ("llama", "qwen2"):
+        quantize(build(variant), None, shared)
+    assert isinstance(shared.dataset, list) and not shared.recorded and shared.scheme is None
+
+
+def test_a_loss_too_large_for_a_perplexity_is_recorded_as_infinite():
+    model = build("llama")
+    model.lm_head.weight.data *= 3000
+    recorded = quantize(model, None, config()).config.quantization_config.recorded
+    assert recorded["validation_perplexity"]["float"] == float("inf")
+
+
 def test_empty_dataset_is_refused_when_configured():
     with pytest.raises(ValueError, match="dataset is empty"):
         MobileQuantConfig(dataset=[])
@@ -237,9 +267,21 @@ def test_quantizing_changes_the_given_model_and_returns_it():
     assert recorded["versions"]["torch"] == torch.__version__
 
 
-def test_adapter_config_is_not_needed_afterwards():
-    """The given config object is the one stored, with the data replaced by its record."""
+def test_the_given_config_stays_as_it_is():
+    """The model carries a copy of it, with the data replaced by its record."""
     options = config()
-    model = quantize(build("llama"), None, options)
-    assert model.config.quantization_config is options
-    assert options.dataset.keys() == {"kind", "count", "sha256"}
+    before = options.to_dict()
+    stored = quantize(build("llama"), None, options).config.quantization_config
+    assert options.to_dict() == before
+    assert isinstance(options.dataset, list)
+    assert stored is not options
+    assert stored.dataset == before["dataset"]
+
+
+WRONG_FAMILIES = [("llama-gqa", "gemma"), ("gemma", "llama"), ("llama-gqa", "stablelm")]
+
+
+@pytest.mark.parametrize(("variant", "family"), WRONG_FAMILIES)
+def test_a_family_that_computes_something_else_is_refused(variant, family):
+    with pytest.raises(ValueError, match="entry does not describe this architecture"):
+        quantize(build(variant), None, config("w8a8", family=family))
