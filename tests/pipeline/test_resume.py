@@ -59,7 +59,7 @@ for folder, (recipe, where, _) in json.loads(sys.argv[1]).items():
         dying_while_writing(int(nth)) if method == "write" else dying(method, stage, int(nth))
         quantize(build("llama-gqa"), None, config("w4a8", recipe=recipe, steps=6), run_dir=folder)
         os._exit(7)
-    print(os.waitpid(child, 0)[1])
+    print(os.waitpid(child, 0)[1], flush=True)  # a forked child must not inherit unwritten lines
 """
 
 
