@@ -11,8 +11,9 @@ from ..numerics import affine_qparams, dequantize, quantize
 from ..plan import ActivationSpec, Plan
 from .collect import Statistics
 
-# Probability below which a softmax weight rounds to code 0, as distance of its score from the row's maximum.
-_MASK_MARGIN = {8: math.log(2 * 255) + 1, 16: math.log(2 * 65535) + 1}
+# Room below the lowest score, in nats, for the code of a hidden position: exp(-24) is 0 in 32-bit fixed point, even
+# times a thousand hidden positions. 8-bit scores are masked on a 16-bit grid of the same steps and need none.
+_MASK_MARGIN = {8: 0.0, 16: 24.0}
 # Shares of the observed range tried by the error search.
 _SHARES = torch.linspace(0.2, 1.0, 41)
 
@@ -40,7 +41,7 @@ def choose_ranges(plan: Plan, statistics: Statistics, method: str) -> dict[str, 
         low, high = statistics.low[name].clamp(max=0.0), statistics.high[name].clamp(min=0.0)
         if spec.role == "scores":
             # The encoding must reach low enough for a hidden position, added as a saturating negative, to vanish.
-            low = low - _MASK_MARGIN[plan.activations[name.replace(".scores", ".probabilities")].bits]
+            low = low - _MASK_MARGIN[spec.bits]
         elif spec.bits <= 8 and method != "minmax":
             low, high = (
                 _percentile(statistics.sample[name])
