@@ -6,6 +6,7 @@ import pytest
 
 import optimum_mobilequant
 from optimum_mobilequant import cli
+from optimum_mobilequant.cli import common as cli_common
 from optimum_mobilequant.config import MobileQuantConfig
 from tests.test_cli_parser import quantize_args
 
@@ -130,7 +131,7 @@ def test_overwrite_does_not_take_the_input_away(calls, float_model, text_file, c
 
 def test_a_hub_id_may_equal_the_output(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    cli._check_apart(tmp_path / "owner" / "name", "MODEL", cli._check_model("owner/name"))
+    cli_common.check_apart(tmp_path / "owner" / "name", "MODEL", cli_common.check_model("owner/name"))
 
 
 def test_eval_refuses_bad_text(float_model, tmp_path, capsys):
@@ -267,7 +268,7 @@ def test_a_folder_filled_meanwhile_is_kept_and_so_is_the_result(calls, float_mod
 
 
 def test_json_has_no_nan(capsys):
-    cli._print_json({"rows": [{"a": float("inf"), "b": (1.5, float("nan"))}], "c": "x"})
+    cli_common.print_json({"rows": [{"a": float("inf"), "b": (1.5, float("nan"))}], "c": "x"})
     assert json.loads(capsys.readouterr().out) == {"rows": [{"a": None, "b": [1.5, None]}], "c": "x"}
 
 

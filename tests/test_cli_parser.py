@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from optimum_mobilequant import cli
+from optimum_mobilequant.cli.quantize import field
 from optimum_mobilequant.recipes import EFFORTS, RECIPES
 
 
@@ -70,7 +71,7 @@ def test_help_names_every_recipe_and_effort():
     ],
 )
 def test_set_reads_json_else_text(text, value):
-    assert cli._field(text) == ("a", value)
+    assert field(text) == ("a", value)
 
 
 @pytest.mark.parametrize(

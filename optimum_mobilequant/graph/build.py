@@ -206,9 +206,7 @@ class _Builder:
         def codes() -> Tensor:
             return quantize(module.bias.detach().cpu(), encoding.scale, encoding.zero_point, _BIAS_GRID)
 
-        return (
-            self.constant(f"{path}.bias", tuple(module.bias.shape), encoding.scaled(factor), "bias", codes),
-        )
+        return (self.constant(f"{path}.bias", tuple(module.bias.shape), encoding.scaled(factor), "bias", codes),)
 
     def constant(
         self, name: str, shape: tuple[int, ...], encoding: Encoding, role: str, codes: Callable[[], Tensor]
@@ -224,7 +222,8 @@ class _Builder:
         encoding = self.encoding(f"{path}.output")
 
         def codes() -> Tensor:
-            rows = module.weight.rows(torch.arange(module.num_embeddings, device=module.weight.device))
+            table: QWeight = module.weight  # type: ignore[assignment]
+            rows = table.rows(torch.arange(module.num_embeddings, device=table.device))
             values = rows if module.multiplier == 1.0 else rows * module.multiplier
             return quantize(values.cpu(), encoding.scale, encoding.zero_point, encoding.grid)
 
