@@ -16,6 +16,7 @@ from .recipes import (
     CLIP_INITS,
     OBJECTIVES,
     RANGE_INITS,
+    ROUNDINGS,
     SITES,
     TEACHER_DTYPES,
     TUNINGS,
@@ -36,6 +37,7 @@ _CHOICES = {
     "tuning": TUNINGS,
     "range_init": RANGE_INITS,
     "clip_init": CLIP_INITS,
+    "rounding": ROUNDINGS,
     "teacher_dtype": TEACHER_DTYPES,
 }
 _OVERRIDES: dict[str, tuple[Any, ...]] = {
@@ -62,8 +64,12 @@ def _strings(value: Any) -> bool:
 _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("samples", "batch_size", "top_k"), _whole(1), "a whole number from 1"),
     (("seq_len",), _whole(2), "a whole number from 2"),
-    (("steps", "seed"), _whole(0), "a whole number from 0"),
-    (("lr_transforms", "lr_clips", "lr_ranges"), lambda v: _number(v) and 0 < v < 10, "a number in (0, 10)"),
+    (("steps", "rounding_steps", "seed"), _whole(0), "a whole number from 0"),
+    (
+        ("lr_transforms", "lr_clips", "lr_ranges", "lr_offsets", "lr_gains"),
+        lambda v: _number(v) and 0 < v < 10,
+        "a number in (0, 10)",
+    ),
     (("smooth_alpha",), lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     (
         ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing"),
@@ -115,7 +121,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         smooth_alpha: SmoothQuant migration strength in [0, 1].
         learn_transforms, learn_clips, learn_ranges: what training moves.
         range_init: ``"minmax"``, ``"percentile"`` or ``"mse"``. clip_init: ``"none"`` or ``"mse"``.
-        lr_transforms, lr_clips, lr_ranges: learning rates.
+        rounding: ``"nearest"`` or ``"learned"``. rounding_steps: optimiser steps of learned rounding.
+        lr_transforms, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
         gradient_checkpointing: recompute each layer in the backward pass: a third more time for a fraction of the
             memory, the same result bit for bit. None recomputes.
@@ -159,6 +166,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
     lr_transforms: float | None = None
     lr_clips: float | None = None
     lr_ranges: float | None = None
+    rounding: str | None = None
+    rounding_steps: int | None = None
+    lr_offsets: float | None = None
+    lr_gains: float | None = None
     top_k: int | None = None
     gradient_checkpointing: bool | None = None
     teacher_dtype: str = "float32"

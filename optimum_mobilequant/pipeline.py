@@ -1,4 +1,4 @@
-"""The method on one page: calibrate, transform, learn, fold and round, pack."""
+"""The method on one page: calibrate, transform, learn, round, fold, pack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from .config import MobileQuantConfig
 from .log import get_logger
 from .prepare import Prepared, nll, prepare
 from .transform import edges_of, smooth_scales
-from .tune import Learnables, LearnResult, build_student, learn_blockwise, learn_end_to_end, refuse_different
+from .tune import (
+    Learnables,
+    LearnResult,
+    Rounding,
+    build_student,
+    learn_blockwise,
+    learn_end_to_end,
+    refuse_different,
+)
 from .tune.objective import make_objective
 
 if TYPE_CHECKING:
@@ -52,10 +60,11 @@ def quantize(
         statistics = calibrate(student, job)
         learnables = transform(model, student, statistics, job)
         result = learn(model, student, learnables, job)
+        rounded = learn_rounding(model, student, learnables, job)
         packed = fold_and_round(student, job)
         del student, learnables
         install(model, job.plan, packed)
-        job.record(result, nll(model, job.data.validation, job.settings.batch_size))
+        job.record(result, rounded, nll(model, job.data.validation, job.settings.batch_size))
     attach(model, job.config)
     return model
 
@@ -126,6 +135,38 @@ def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Pre
             "rates (lr_transforms, lr_clips, lr_ranges) or give more steps"
         )
     learnables.release(student)
+    result.refuse_if_worse()
+    return result
+
+
+def learn_rounding(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:
+    """Stage 35: with the transforms fixed, learn which way each weight is rounded. None where that is to nearest."""
+    s = job.settings
+    if not s.rounding_steps:
+        return None
+    rounding = Rounding(student, learnables)
+    objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
+    if (kept := job.run.load("round")) is not None:
+        rounding.load_state_dict(kept[0])
+        result = LearnResult.from_dict(kept[1])
+    else:
+        result = learn_end_to_end(
+            rounding,
+            student,
+            lambda ids: objective(student, model, ids),
+            job.data.train,
+            job.data.validation,
+            steps=s.rounding_steps,
+            batch_size=s.batch_size,
+            eval_every=s.eval_every,
+            rates=job.rounding_rates,
+            seed=s.seed + 1,
+            resume=job.run.load_progress("round"),
+            snapshot=lambda tensors, meta: job.run.save_progress("round", tensors, meta),
+            description="round",
+        )
+    job.run.save("round", rounding.state_dict(), vars(result))
+    rounding.release(student)
     result.refuse_if_worse()
     return result
 

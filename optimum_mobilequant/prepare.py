@@ -103,6 +103,12 @@ class Prepared:
             "ranges": s.lr_ranges if s.learn_ranges else 0.0,
         }
 
+    @property
+    def rounding_rates(self) -> dict[str, float]:
+        """As :attr:`rates`, while rounding is learned: ranges only follow."""
+        s = self.settings
+        return {"offsets": s.lr_offsets, "gains": s.lr_gains, "ranges": s.lr_ranges / 3 if s.learn_ranges else 0.0}
+
     def before(self, student: nn.Module) -> None:
         """Measure the float model and the untuned student on the validation text."""
         self.float_nll = nll(self.model, self.data.validation, self.settings.batch_size)
@@ -113,7 +119,7 @@ class Prepared:
             f"validation perplexity: float {exp_or_inf(self.float_nll):.4f}, start {exp_or_inf(self.start_nll):.4f}"
         )
 
-    def record(self, result: LearnResult, final_nll: float) -> None:
+    def record(self, result: LearnResult, rounded: LearnResult | None, final_nll: float) -> None:
         """Fill ``config.recorded`` with what the run measured."""
         peak = peak_memory(self.config.device or self._device)
         self.recorded |= {
@@ -128,6 +134,7 @@ class Prepared:
             "loss": {"objective": self.settings.objective, "start": result.start, "best": result.best},
             "best_step": result.best_step,
             "history": result.history,
+            "rounding": None if rounded is None else {k: v for k, v in vars(rounded).items() if k != "seconds"},
             "minutes": round((time.monotonic() - self.started) / 60, 3),
             "peak_memory_bytes": peak,
         }

@@ -18,6 +18,7 @@ OBJECTIVES = ("logits_kl", "hidden_mse")
 TUNINGS = ("end-to-end", "block-wise", "none")
 RANGE_INITS = ("minmax", "percentile", "mse")
 CLIP_INITS = ("none", "mse")
+ROUNDINGS = ("nearest", "learned")
 TEACHER_DTYPES = ("float32", "bfloat16")
 
 
@@ -34,8 +35,10 @@ class Recipe:
         clip_init: how weight clipping starts: not at all, or at the clip of least squared weight error.
         objective: KL divergence of the logits, or mean squared error of hidden states.
         tuning: one optimisation of the whole model, one per decoder layer, or none.
-        rounding: how weights reach the grid.
+        rounding: how weights reach the grid: to the nearest code, or the way that training chose.
         lr_transforms, lr_clips, lr_ranges: AdamW learning rates; all three act on logarithms or logits.
+        lr_offsets, lr_gains: of learned rounding, in steps of the grid and in logarithms of a row's scale; activation
+            ranges move on at ``lr_ranges / 3``.
         top_k: teacher logits per token that enter ``logits_kl`` one by one; the rest is one bucket.
         summary: one line for ``--help`` and the documentation.
     """
@@ -55,6 +58,8 @@ class Recipe:
     lr_transforms: float = 2e-2
     lr_clips: float = 5e-2
     lr_ranges: float = 1e-2
+    lr_offsets: float = 1e-2
+    lr_gains: float = 1e-3
     top_k: int = 1024
 
 
@@ -67,6 +72,7 @@ class Effort:
         seq_len: tokens per sequence (an upper limit: a model with fewer positions lowers it).
         batch_size: sequences per forward pass and per optimiser step.
         steps: optimiser steps (for each layer when tuning block-wise); 0 trains nothing.
+        rounding_steps: optimiser steps of learned rounding.
         eval_every: steps between two measurements on the validation sequences; 0 without training.
     """
 
@@ -76,6 +82,7 @@ class Effort:
     seq_len: int
     batch_size: int
     steps: int
+    rounding_steps: int
     eval_every: int
 
 
@@ -85,7 +92,7 @@ class Settings:
 
     Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
     ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms
-    ``smooth_alpha`` is None.
+    ``smooth_alpha`` is None. ``rounding_steps`` is 0 exactly when ``rounding`` is ``"nearest"``.
     """
 
     recipe: str
@@ -95,6 +102,7 @@ class Settings:
     seq_len: int
     batch_size: int
     steps: int
+    rounding_steps: int
     eval_every: int
     transforms: tuple[str, ...]
     smooth_alpha: float | None
@@ -109,6 +117,8 @@ class Settings:
     lr_transforms: float
     lr_clips: float
     lr_ranges: float
+    lr_offsets: float
+    lr_gains: float
     top_k: int
     gradient_checkpointing: bool
     teacher_dtype: str
@@ -165,13 +175,27 @@ RECIPES: dict[str, Recipe] = _table(
         objective="logits_kl",
         tuning="end-to-end",
     ),
+    Recipe(
+        "best",
+        "mobilequant, then the rounding of every weight learned end to end",
+        transforms=("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k"),
+        smooth_alpha=0.7,
+        learn_transforms=True,
+        learn_clips=True,
+        learn_ranges=True,
+        range_init="mse",
+        clip_init="mse",
+        objective="logits_kl",
+        tuning="end-to-end",
+        rounding="learned",
+    ),
 )
 
 EFFORTS: dict[str, Effort] = _table(
-    Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0),
-    Effort("light", "a first look", 128, 256, 8, 60, 20),
-    Effort("default", "the usual trade", 320, 256, 8, 200, 25),
-    Effort("best", "when the result matters more than the wait", 1024, 1024, 8, 2000, 100),
+    Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0, 0),
+    Effort("light", "a first look", 128, 256, 8, 60, 60, 20),
+    Effort("default", "the usual trade", 320, 256, 8, 200, 200, 25),
+    Effort("best", "when the result matters more than the wait", 1024, 1024, 8, 2000, 2000, 100),
 )
 
 
@@ -188,6 +212,24 @@ def lookup(kind: str, table: Mapping[str, T], name: object) -> T:
     if isinstance(name, str) and name in table:
         return table[name]
     raise ValueError(unknown_name(kind, name, table))
+
+
+def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Learned rounding takes steps; without any it is rounding to nearest."""
+    if values["rounding"] == "learned" and not values["rounding_steps"]:
+        if asked.get("rounding") == "learned":
+            given = "rounding_steps=0" if "rounding_steps" in asked else f'effort="{effort.name}"'
+            raise ValueError(
+                f'rounding="learned" would have no effect: {given} runs no step of it; set rounding_steps'
+            )
+        values["rounding"] = "nearest"
+    if values["rounding"] == "nearest":
+        if ignored := [name for name in ("rounding_steps", "lr_offsets", "lr_gains") if asked.get(name)]:
+            raise ValueError(
+                f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded to nearest; "
+                'set rounding="learned"'
+            )
+        values["rounding_steps"] = 0
 
 
 _LEARNED = {"learn_transforms": "lr_transforms", "learn_clips": "lr_clips", "learn_ranges": "lr_ranges"}
@@ -243,14 +285,17 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
     elif values["smooth_alpha"] is None:
         raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
 
+    _settle_rounding(effort, asked, values)
     reason = _why_untrained(recipe, effort, values)
     if reason is not None:
-        needs_training = (*_LEARNED, *_LEARNED.values(), "steps", "objective", "top_k", "gradient_checkpointing")
+        needs_training: tuple[str, ...] = (*_LEARNED, *_LEARNED.values(), "steps")
+        if values["rounding"] == "nearest":
+            needs_training += ("objective", "top_k", "gradient_checkpointing")
         ignored = [name for name in needs_training if asked.get(name)]
         ignored += ["tuning"] if asked.get("tuning", "none") != "none" else []
         if ignored:
             raise ValueError(f"{ignored[0]}={asked[ignored[0]]!r} would have no effect: {reason}")
-        values.update(steps=0, eval_every=0, tuning="none", **dict.fromkeys(_LEARNED, False))
+        values.update(steps=0, tuning="none", **dict.fromkeys(_LEARNED, False))
     else:
         for learns, rate in _LEARNED.items():
             if rate in asked and not values[learns]:
@@ -264,7 +309,8 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             values["objective"] = "hidden_mse"
         if "top_k" in asked and values["objective"] != "logits_kl":
             raise ValueError(f'top_k={asked["top_k"]} would have no effect: it belongs to objective="logits_kl"')
-        values["eval_every"] = max(1, min(values["eval_every"] or values["steps"], values["steps"]))
+    trained = max(values["steps"], values["rounding_steps"])
+    values["eval_every"] = min(values["eval_every"] or trained, trained)
 
     return Settings(
         **{
@@ -272,7 +318,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             "recipe": recipe.name,
             "effort": effort.name,
             "seed": seed,
-            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", values["steps"] > 0)),
+            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", trained > 0)),
             "teacher_dtype": asked.get("teacher_dtype", "float32"),
         }
     )

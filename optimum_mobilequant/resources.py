@@ -25,11 +25,13 @@ def memory_estimate(plan: Plan, settings: Settings) -> int:
     tokens = settings.batch_size * settings.seq_len
     sites = 12 * g.hidden + 6 * g.head_dim * (g.heads + g.kv_heads) + 5 * g.mlp
     scores = g.heads * settings.seq_len
-    if not settings.steps:
+    if not (settings.steps or settings.rounding_steps):
         return 4 * (layer * (g.layers + 1) + 2 * embedding + tokens * (sites + 4 * scores + 3 * g.vocabulary))
     kept = 1 if settings.gradient_checkpointing else g.layers
     activations = tokens * (kept * (3 * sites + 2 * scores) + 3 * scores + 10 * g.vocabulary)
-    return 4 * (layer * (g.layers + kept) + 2 * embedding + activations)
+    # Learned rounding: the weight in steps, its offset, running mean, best state, two moments and the gradient.
+    offsets = 7 * layer * g.layers if settings.rounding_steps else 0
+    return 4 * (layer * (g.layers + kept) + 2 * embedding + activations + offsets)
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..numerics import dequantize, fake_quantize_weight, quantize, weight_qparams
+from ..numerics import dequantize, fake_quantize_offset, fake_quantize_weight, quantize, weight_qparams
 from ..numerics.fake import clipped_range, rescale
 from ..plan import WeightRule, WeightSpec
 from .quantizer import Mode
@@ -61,6 +61,10 @@ class TunableWeight(nn.Module):
         self.clip: nn.Parameter | None = None
         self.mode = Mode.QUANTIZE
         self._kept: Tensor | None = None
+        # Learned rounding, once the transforms are final: see freeze().
+        self._base: tuple[Tensor, Tensor, Tensor] | None = None
+        self.offset_steps: nn.Parameter | None = None
+        self.gain_log: nn.Parameter | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -76,6 +80,9 @@ class TunableWeight(nn.Module):
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.mode in (Mode.OFF, Mode.OBSERVE):
             return rescale(self._float(), total(self.rows_log), total(self.columns_log)).to(dtype)
+        if self._base is not None:
+            assert self.offset_steps is not None and self.gain_log is not None
+            return fake_quantize_offset(*self._base, self.offset_steps, self.gain_log, self.spec.grid).to(dtype)
         if not (self.rows_log or self.columns_log or self.clip is not None):
             if self._kept is None:  # nothing here changes from step to step
                 self._kept = dequantize(*self.codes())
@@ -88,6 +95,12 @@ class TunableWeight(nn.Module):
             matrix, rows, columns, self.clip, spec.grid, symmetric=spec.rule.symmetric, per_channel=spec.per_channel
         )
         return out.view(self.shape).to(dtype)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Fix the folded weight, in steps of its scale, for rounding to be learned."""
+        _, scale, zero_point = self.codes()
+        self._base = (self.folded() / scale, scale, zero_point)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, for an embedding."""
@@ -102,6 +115,15 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Signed codes, scale ``[out, 1]`` (or ``[1]`` for a gain) and zero point of the folded, clipped weight."""
+        if self._base is not None:
+            assert self.offset_steps is not None and self.gain_log is not None
+            base, scale, zero_point = self._base
+            one = torch.ones_like(scale)
+            return (
+                quantize(base + self.offset_steps, one, zero_point, self.spec.grid),
+                scale * self.gain_log.exp(),
+                zero_point,
+            )
         folded, spec = self.folded(), self.spec
         matrix = folded if folded.ndim == 2 else folded[None, :]
         ends = clipped_range(matrix, self.clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)

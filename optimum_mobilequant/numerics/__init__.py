@@ -1,6 +1,6 @@
 """The package's one arithmetic: scale, zero point, rounding. Tuning, packing, inference and export import it."""
 
-from .fake import fake_quantize, fake_quantize_learned, fake_quantize_open, fake_quantize_weight
+from .fake import fake_quantize, fake_quantize_learned, fake_quantize_offset, fake_quantize_open, fake_quantize_weight
 from .qparams import Grid, affine_qparams, dequantize, quantize, weight_qparams
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_learned",
+    "fake_quantize_offset",
     "fake_quantize_open",
     "fake_quantize_weight",
     "quantize",

@@ -223,6 +223,42 @@ def _range_gradient(scaled: Tensor, low_part: Tensor, high_part: Tensor, symmetr
     return spread.view_as(scaled)
 
 
+def fake_quantize_offset(
+    base: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor, gain_log: Tensor, grid: Grid
+) -> Tensor:
+    """Round a weight with a learned offset: the value of code ``round(base + offset) + zero_point``, times a row gain.
+
+    Args:
+        base: the weight in steps of its scale, float32 ``[out, in]``, constant. scale, zero_point: ``[out, 1]``,
+            constant.
+        offset: in steps, ``[out, in]``; its gradient is straight-through where the code is not clipped (SignRound,
+            Cheng et al. 2023).
+        gain_log: ``[out, 1]``, logarithm of a change of the row's scale.
+    """
+    out: Tensor = _FakeQuantizeOffset.apply(base, scale, zero_point, offset, gain_log, grid)
+    return out
+
+
+class _FakeQuantizeOffset(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor, gain_log: Tensor, grid: Grid
+    ) -> Tensor:
+        step = scale * gain_log.exp()
+        low, high = (grid.qmin - zero_point).float(), (grid.qmax - zero_point).float()
+        out = (base + offset).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(base, offset, step, out, low, high)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        base, offset, step, out, low, high = ctx.saved_tensors
+        place = base + offset
+        inside = (place > low - 0.5) & (place < high + 0.5)
+        return None, None, None, grad * step * inside, (grad * out).sum(1, keepdim=True), None
+
+
 def round_straight_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged."""
     return x + (x.round() - x).detach()

@@ -31,7 +31,15 @@ def smooth_scales(
         edge name -> natural logarithms, float32 ``[edge.size]``.
     """
     logs: dict[str, Tensor] = {}
-    for edge in edges:
+    rows: dict[str, Tensor] = {}  # log-scales that the edges done so far put on a module's rows
+
+    def weight_absmax(module: str) -> Tensor:
+        weight = _weight(model, module).float().abs()
+        return (weight * rows[module].exp()[:, None] if module in rows else weight).amax(0)
+
+    # A reader's columns are judged as its rows will be: else one large row that another edge is about to level decides
+    # over all of them.
+    for edge in sorted(edges, key=lambda e: e.site.startswith("norm")):
         device = _weight(model, edge.effects[0].module).device
         if edge.trade is not None and edge.trade_index is not None:
             query, key = (
@@ -42,13 +50,19 @@ def smooth_scales(
         else:
             consumers = [e for e in edge.effects if e.dim == "columns"]
             of_x = _shared_max(edge, consumers[0].index, channel_absmax[edge.activation], device)
-            of_w = torch.stack(
-                [_shared_max(edge, e.index, _weight(model, e.module).float().abs().amax(0), device) for e in consumers]
-            ).amax(0)
+            of_w = torch.stack([_shared_max(edge, e.index, weight_absmax(e.module), device) for e in consumers]).amax(
+                0
+            )
             alpha_x = alpha
         log = alpha_x * of_x.clamp(min=1e-30).log() - (1 - alpha_x) * of_w.clamp(min=1e-30).log()
         logs[edge.name] = torch.where((of_x > 0) & (of_w > 0), log, 0.0)
-    return logs
+        for effect in edge.effects:
+            if effect.dim == "rows" and _weight(model, effect.module).ndim == 2:
+                change = effect.sign * (
+                    logs[edge.name] if effect.index is None else logs[edge.name][effect.index.to(device)]
+                )
+                rows[effect.module] = rows[effect.module] + change if effect.module in rows else change
+    return {edge.name: logs[edge.name] for edge in edges}
 
 
 def _shared_max(edge: Edge, index: Tensor | None, channels: Tensor, device: torch.device) -> Tensor:

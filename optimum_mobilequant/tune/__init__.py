@@ -1,8 +1,17 @@
-"""Learn transforms, weight clipping and activation ranges against the float teacher."""
+"""Learn transforms, weight clipping, activation ranges and rounding against the float teacher."""
 
 from .blockwise import learn_blockwise
 from .loop import LearnResult, learn_end_to_end
 from .parameters import Learnables
+from .rounding import Rounding
 from .student import build_student, refuse_different
 
-__all__ = ["LearnResult", "Learnables", "build_student", "learn_blockwise", "learn_end_to_end", "refuse_different"]
+__all__ = [
+    "LearnResult",
+    "Learnables",
+    "Rounding",
+    "build_student",
+    "learn_blockwise",
+    "learn_end_to_end",
+    "refuse_different",
+]

@@ -6,14 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
-
-from .parameters import Learnables
 
 # Rates fall along a cosine to this share of their start (paper: 1e-3 -> 1e-4).
 FINAL_RATE = 0.1
@@ -49,12 +47,24 @@ class LearnResult:
             )
 
 
+class Trainable(Protocol):
+    """What the loop trains: :class:`.parameters.Learnables` or :class:`.rounding.Rounding`."""
+
+    ranges: nn.Parameter
+
+    def bind(self, student: nn.Module) -> None: ...
+    def groups(self, rates: Mapping[str, float], prefix: str = "") -> list[dict[str, object]]: ...
+    def clamp(self) -> None: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
+
+
 Loss = Callable[[Tensor], Tensor]
 Snapshot = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
 
 def learn_end_to_end(
-    learnables: Learnables,
+    learnables: Trainable,
     student: nn.Module,
     loss_of: Loss,
     train: Tensor,
@@ -79,7 +89,7 @@ def learn_end_to_end(
         loss_of: ids ``[batch, length]`` -> 0-dim loss, for the parameters as bound.
         train, validation: int64 ``[sequences, length]``.
         eval_every: steps between validations; a snapshot is taken at each.
-        rates: start rates of the groups transforms, clips, ranges (0 freezes a group).
+        rates: start rates of the groups of ``learnables`` (0 freezes a group).
         prefix: train only the parameters of modules below this path (block-wise tuning).
 
     Raises:
@@ -159,7 +169,7 @@ def batch_index(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _state(learnables: Learnables) -> dict[str, Tensor]:
+def _state(learnables: Trainable) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in learnables.state_dict().items()}
 
 
@@ -173,7 +183,7 @@ def _snapshot(
 
 
 def _restore(
-    learnables: Learnables,
+    learnables: Trainable,
     optimizer: torch.optim.Optimizer | None,
     tensors: dict[str, Tensor],
     meta: dict[str, Any],

@@ -71,6 +71,10 @@ class Learnables(nn.Module):
             self.clips[_key(name)] = nn.Parameter(logits)
             weight.clip = self.clips[_key(name)]
 
+    def projections(self) -> list[tuple[str, TunableWeight]]:
+        """The weights whose rounding may be learned, by module path."""
+        return [(name, weight) for name, weight in self._weights.items() if weight.spec.role in _CLIPPED_ROLES]
+
     # -- activation ranges ----------------------------------------------------------------------------------------
 
     @torch.no_grad()

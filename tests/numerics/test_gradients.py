@@ -10,6 +10,7 @@ from optimum_mobilequant.numerics import (
     Grid,
     fake_quantize,
     fake_quantize_learned,
+    fake_quantize_offset,
     fake_quantize_open,
     fake_quantize_weight,
 )
@@ -142,3 +143,22 @@ def test_gradient_of_the_straight_through_rounding_is_one():
     out.sum().backward()
     assert out.tolist() == [0.0, 0.0, 2.0, -2.0]
     assert x.grad.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("zero", [0, -3])
+def test_gradients_of_learned_rounding(zero):
+    grid = Grid(4, True)
+    base, scale = torch.randn(5, 40) * 6, torch.rand(5, 1) + 0.1
+    zero_point = torch.full((5, 1), zero, dtype=torch.int32)
+    offset = (torch.rand(5, 40) - 0.5).requires_grad_()
+    gain = (torch.randn(5, 1) * 0.05).requires_grad_()
+    upstream = torch.randn(5, 40)
+    ours_out = fake_quantize_offset(base, scale, zero_point, offset, gain, grid)
+    ours = torch.autograd.grad(ours_out, (offset, gain), upstream)
+    place = base + offset
+    codes = (place + (place.round() - place).detach() + zero).clamp(grid.qmin, grid.qmax)
+    theirs_out = (codes - zero) * scale * gain.exp()
+    theirs = torch.autograd.grad(theirs_out, (offset, gain), upstream)
+    assert torch.allclose(ours_out, theirs_out, rtol=1e-6)
+    for mine, expected in zip(ours, theirs, strict=True):
+        close(mine, expected)

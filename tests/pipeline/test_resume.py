@@ -18,6 +18,12 @@ KILLS = {
     "learned": ("mobilequant", "save:learn:1", ["10_calibrate", "20_transform", "30_learn"]),
     "packed": ("mobilequant", "save:pack:1", ["10_calibrate", "20_transform", "30_learn", "40_pack"]),
     "half-written": ("mobilequant", "write::3", ["10_calibrate", "20_transform"]),
+    "rounding": (
+        "best",
+        "save_progress:round:1",
+        ["10_calibrate", "20_transform", "30_learn", "35_round.progress"],
+    ),
+    "rounded": ("best", "save:round:1", ["10_calibrate", "20_transform", "30_learn", "35_round"]),
     "layers learned": ("omniquant-edge", "save:learn:1", ["10_calibrate", "20_transform", "30_learn"]),
 }
 RUN = """
@@ -57,7 +63,8 @@ for folder, (recipe, where, _) in json.loads(sys.argv[1]).items():
     if child == 0:
         method, stage, nth = where.split(":")
         dying_while_writing(int(nth)) if method == "write" else dying(method, stage, int(nth))
-        quantize(build("llama-gqa"), None, config("w4a8", recipe=recipe, steps=6), run_dir=folder)
+        more = {"rounding_steps": 4} if recipe == "best" else {}
+        quantize(build("llama-gqa"), None, config("w4a8", recipe=recipe, steps=6, **more), run_dir=folder)
         os._exit(7)
     print(os.waitpid(child, 0)[1], flush=True)  # a forked child must not inherit unwritten lines
 """
@@ -73,6 +80,8 @@ def _frequent_snapshots():
 
 def run(recipe="mobilequant", folder=None, *, model=None, **options):
     model = model if model is not None else build("llama-gqa")
+    if recipe == "best":
+        options = {"rounding_steps": 4} | options
     options = config("w4a8", recipe=recipe, **({"steps": 6} | options))
     model = quantize(model, None, options, run_dir=None if folder is None else str(folder))
     return model, model.config.quantization_config.recorded
@@ -83,7 +92,7 @@ def assert_same(result, expected):
     a, b = model.state_dict(), other.state_dict()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    for measured in ("history", "loss", "best_step", "validation_perplexity", "data_sha256"):
+    for measured in ("rounding", "history", "loss", "best_step", "validation_perplexity", "data_sha256"):
         assert recorded[measured] == other_recorded[measured], measured
 
 
@@ -109,10 +118,12 @@ def test_killed_run_resumes_to_the_same_bits(killed, uninterrupted, monkeypatch,
     assert sorted(f.name.removesuffix(".safetensors") for f in folder.glob("[0-9]*")) == files
     if "10_calibrate" in files and "20_transform" in files:
         monkeypatch.setattr(pipeline, "collect", lambda *a, **k: pytest.fail("calibrated again"))
-    if "30_learn" in files:
+    if "30_learn" in files and recipe != "best":
         for name in ("learn_end_to_end", "learn_blockwise"):
             monkeypatch.setattr(pipeline, name, lambda *a, **k: pytest.fail("learned again"))
-    if "30_learn.progress" in files:
+    if "35_round" in files:
+        monkeypatch.setattr(pipeline, "learn_end_to_end", lambda *a, **k: pytest.fail("learned again"))
+    if any("progress" in file for file in files):
         learn = pipeline.learn_end_to_end
 
         def resumed(*args, resume, **options):

@@ -1,5 +1,8 @@
 """The data of the edges, and the closed form of their start values."""
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -60,6 +63,19 @@ def largest_of_shared(x, heads, g, over_all_heads):
     return x.amax(0) if over_all_heads else x.view(g.kv_heads, heads // g.kv_heads, -1).amax(1).flatten()
 
 
+def inner_rows(scales, layer, part, f, g):
+    """Factor on each row of q, k, v or up from the edges up_down, v_o and q_k (1 where q/k norms take it)."""
+    if part == f.up:
+        return 1 / scales[f"{layer}.up_down"]
+    if part == f.value:
+        return 1 / scales[f"{layer}.v_o"]
+    if f.query_norm is not None:
+        return torch.ones((g.heads if part == f.query else g.kv_heads) * g.head_dim)
+    (edge,) = (e for e in edges_of(f, g, ["q_k"]) if e.name == f"{layer}.q_k")
+    effect = next(e for e in edge.effects if e.module == f"{layer}.{part}")
+    return scales[edge.name][effect.index] ** effect.sign
+
+
 @pytest.fixture(scope="module", params=["llama-gqa", "gemma", "qwen3", "stablelm"])
 def observed(request):
     model = build(request.param)
@@ -77,6 +93,12 @@ def test_start_values_are_the_closed_form(observed, alpha):
         q, k, v, o, gate, up, down = (
             model.get_submodule(f.layer(i, part)).weight.detach().abs()
             for part in (f.query, f.key, f.value, f.out, f.gate, f.up, f.down)
+        )
+        # What the norms' readers look like once the edges inside the layer have scaled their rows.
+        inner = {name: log.exp() for name, log in logs.items() if name.startswith(f"{f.layer(i)}.")}
+        q, k, v, up = (
+            weight * (inner_rows(inner, f.layer(i), part, f, g))[:, None]
+            for weight, part in ((q, f.query), (k, f.key), (v, f.value), (up, f.up))
         )
         x_qkv, x_mlp = (absmax[f"{f.layer(i, norm)}.output"] for norm in (f.input_norm, f.mlp_norm))
         expected = {
@@ -132,8 +154,28 @@ def test_channels_that_never_fire_are_left_alone(observed):
     for edge in edges:
         assert logs[edge.name][3] == 0.0
         assert torch.isfinite(logs[edge.name]).all()
-        n = min(len(others), edge.size)
-        assert torch.equal(logs[edge.name][:n][others[:n]], untouched[edge.name][:n][others[:n]])
+        if edge.site == "up_down":  # the norm's edge looks at the rows of up, which this one has changed
+            n = min(len(others), edge.size)
+            assert torch.equal(logs[edge.name][:n][others[:n]], untouched[edge.name][:n][others[:n]])
+
+
+def test_an_equivalent_rescaling_of_the_model_does_not_matter(observed):
+    """Large rows of up, levelled by their own edge, leave the norm's scales as they were."""
+    model, plan, absmax = observed
+    f, g = plan.family, plan.geometry
+    expected = smooth_scales(edges_of(f, g, SITES), model, absmax, 0.7)
+    changed, seen = copy.deepcopy(model), {name: x.clone() for name, x in absmax.items()}
+    with torch.no_grad():
+        for i in range(g.layers):
+            changed.get_submodule(f.layer(i, f.up)).weight[:3] *= 30.0
+            changed.get_submodule(f.layer(i, f.down)).weight[:, :3] /= 30.0
+            seen[f"{f.layer(i, f.down)}.input"][:3] *= 30.0
+    logs = smooth_scales(edges_of(f, g, SITES), changed, seen, 0.7)
+    for name, log in logs.items():
+        shift = torch.zeros_like(log)
+        if name.endswith("up_down"):
+            shift[:3] = math.log(30.0)
+        assert torch.allclose(log, expected[name] + shift, atol=1e-5), name
 
 
 def test_columns_without_weights_are_left_alone():

@@ -1,0 +1,101 @@
+"""Learned rounding: which way each weight goes once the transforms are fixed."""
+
+import pytest
+import torch
+
+from optimum_mobilequant import MobileQuantConfig, pipeline, quantize
+from optimum_mobilequant.tune import Rounding
+from tests.tiny import build, config, logits_of, token_ids
+
+LONGER = {"dataset": token_ids(160), "samples": 64, "batch_size": 16, "steps": 10}
+
+
+def codes_of(model):
+    return {
+        name: module.codes.to(torch.int32)
+        for name, module in model.named_modules()
+        if type(module).__name__ == "QWeight" and len(module.shape) == 2
+    }
+
+
+def run(rounding, preset="w4a8", variant="llama-gqa", **options):
+    more = {"rounding_steps": 30, "lr_offsets": 0.02} if rounding == "learned" else {}
+    options = config(preset, recipe="mobilequant", rounding=rounding, **{**LONGER, **more, **options})
+    return quantize(build(variant), None, options)
+
+
+@pytest.mark.parametrize(("preset", "variant"), [("w4a8", "llama-gqa"), ("w4a8-asym", "qwen2"), ("w8a8", "gemma")])
+def test_codes_move_by_one_at_most_and_the_loss_falls(preset, variant):
+    nearest, learned = run("nearest", preset, variant), run("learned", preset, variant)
+    before, after = codes_of(nearest), codes_of(learned)
+    moved = 0
+    for name, codes in before.items():
+        distance = (codes - after[name]).abs()
+        assert int(distance.max()) <= 1, name
+        moved += int(distance.sum())
+    assert moved > 0
+    record = learned.config.quantization_config.recorded["rounding"]
+    assert record["best"] < record["start"]
+    assert nearest.config.quantization_config.recorded["rounding"] is None
+
+
+def test_head_embedding_and_gains_are_left_alone():
+    before, after = codes_of(run("nearest")), codes_of(run("learned"))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_without_offsets_it_is_rounding_to_nearest(monkeypatch):
+    monkeypatch.setattr(pipeline, "learn_end_to_end", _only_the_first(pipeline.learn_end_to_end))
+    nearest, unmoved = run("nearest"), run("learned")
+    assert torch.equal(logits_of(nearest), logits_of(unmoved))
+
+
+def _only_the_first(learn):
+    calls = []
+
+    def call(learnables, *args, steps, **options):
+        calls.append(learnables)
+        return learn(learnables, *args, steps=0 if isinstance(learnables, Rounding) else steps, **options)
+
+    return call
+
+
+def test_what_was_validated_is_what_is_packed():
+    """The loss that the record calls best is the loss of the integer model."""
+    options = config("w4a8", recipe="best", rounding_steps=10, **LONGER)
+    model = quantize(build("llama-gqa"), None, options)
+    rounded = model.config.quantization_config.recorded["rounding"]
+    assert rounded["best"] <= rounded["start"]
+    assert rounded["best"] == min(value for _, value in rounded["history"])
+
+
+def test_it_works_without_learned_transforms():
+    options = config(
+        "w4a8", recipe="rtn", effort="light", rounding="learned", rounding_steps=10, dataset=token_ids(64)
+    )
+    model = quantize(build("llama-gqa"), None, options)
+    recorded = model.config.quantization_config.recorded
+    assert recorded["history"][0][0] == 0 and len(recorded["history"]) == 1
+    assert recorded["rounding"]["best"] < recorded["rounding"]["start"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounding": "learned", "effort": "none"}, 'effort="none" runs no step'),
+        ({"rounding": "learned", "rounding_steps": 0}, "rounding_steps=0 runs no step"),
+        ({"rounding_steps": 5}, 'set rounding="learned"'),
+        ({"lr_offsets": 0.1, "recipe": "rtn"}, 'set rounding="learned"'),
+        ({"recipe": "best", "rounding": "nearest", "lr_gains": 0.1}, 'set rounding="learned"'),
+        ({"rounding": "learnt"}, 'did you mean "learned"'),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MobileQuantConfig("w4a8", **options)
+
+
+def test_settings_without_steps_round_to_nearest():
+    settings = MobileQuantConfig("w4a8", recipe="best", effort="none").resolve()
+    assert (settings.rounding, settings.rounding_steps, settings.steps) == ("nearest", 0, 0)
