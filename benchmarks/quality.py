@@ -48,12 +48,12 @@ class Case:
 
     @property
     def learns(self) -> bool:
-        return self.options["recipe"] == "mobilequant"
+        return self.options["recipe"] in ("mobilequant", "best")
 
 
 CASES = (
     *(Case(recipe, preset, {"recipe": recipe})
-      for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "mobilequant")),
+      for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "mobilequant", "best")),
     Case("rtn", "w8a8-full", {"recipe": "rtn"}),
     Case("mobilequant", "w8a8-full", {"recipe": "mobilequant"}),
     # The published plan rounds queries and keys to 8 bits before the rotary embedding as well.
@@ -157,6 +157,8 @@ def run(
     options: dict[str, Any] = {"dataset": text.calibration, "bos": False, "seq_len": args.seq_len, "seed": args.seed}
     if args.quick:
         options |= {"samples": 8, "steps": 4 if case.learns else None}
+        if case.options["recipe"] == "best":
+            options["rounding_steps"] = 4
     config = MobileQuantConfig(case.preset, effort=args.effort, **options, **case.options)
     started = time.monotonic()
     model = quantize(model, tokenizer, config)

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.pack import bias_scale, input_of
-from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantNorm, QWeight
-from ..numerics import Grid, quantize
+from ..numerics import Grid
 from ..plan import Plan
 from .ir import BATCH, MOVES, PAST, SEQUENCE, TOTAL, Dim, Encoding, Graph, Op, Value
+from .source import CheckpointSource, Constant, TensorSource
 
-_BIAS_GRID = Grid(32, signed=True)
 # Rotary tables that change with the length of the text cannot be inputs computed once for each position.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-def build_graph(model: PreTrainedModel, plan: Plan) -> Graph:
+def build_graph(model: PreTrainedModel, plan: Plan, source: TensorSource | None = None) -> Graph:
     """Lay the decoder of a quantized model out as integer operations.
 
     Args:
         model: what ``from_pretrained`` returns for a checkpoint of this package.
         plan: its plan.
+        source: the tensors, where they are not those of ``model``.
 
     Raises:
         ValueError: a rotary embedding whose tables depend on the length of the text.
     """
-    return _Builder(model, plan).build()
+    return _Builder(model, plan, source or CheckpointSource(model, plan)).build()
 
 
 class _Builder:
-    def __init__(self, model: PreTrainedModel, plan: Plan):
-        self.model, self.plan = model, plan
+    def __init__(self, model: PreTrainedModel, plan: Plan, source: TensorSource):
+        self.model, self.plan, self.source = model, plan, source
         g = plan.geometry
         self.graph = Graph({}, [], [], [], {}, {name: getattr(g, name) for name in _FACTS})
         rotary: Any = model.get_submodule(plan.family.rotary)
@@ -51,15 +48,15 @@ class _Builder:
         self.input("input_ids", (BATCH, SEQUENCE), None)
         self.input("attention_mask", (BATCH, 1, SEQUENCE, TOTAL), None)
         for name in ("position_cos", "position_sin"):
-            self.input(name, table, self.encoding(f"{f.rotary}.output"))
+            self.input(name, table, self.source.activation(f"{f.rotary}.output"))
         cache = (BATCH, g.kv_heads, PAST, g.head_dim)
         for i in range(g.layers):
             attn = f.layer(i, f.attention)
-            self.input(f"past_key_{i}", cache, self.encoding(f"{attn}.key_rotated"))
-            self.input(f"past_value_{i}", cache, self.encoding(f"{f.layer(i, f.value)}.output"))
+            self.input(f"past_key_{i}", cache, self.source.activation(f"{attn}.key_rotated"))
+            self.input(f"past_value_{i}", cache, self.source.activation(f"{f.layer(i, f.value)}.output"))
 
         embedded = f"{f.embedding}.output"
-        table_name = self.embedding_table()
+        table_name = self.constant(f"{f.embedding}.table", self.source.table(), "embedding")
         residual = self.op("embedding", f.embedding, ("input_ids", table_name), embedded, hidden, "embedding")
         present: list[str] = []
         for i in range(g.layers):
@@ -108,7 +105,7 @@ class _Builder:
             "scores", f"{attn}.scores", (query, keys), f"{attn}.scores", square, "scores", groups=g.groups
         )
         masked = f"{attn}.masked_scores"
-        self.add(Value(masked, square, masked_encoding(self.encoding(scores)), "scores"))
+        self.add(Value(masked, square, masked_encoding(self.source.activation(scores)), "scores"))
         self.graph.ops.append(Op("mask", masked, (scores, "attention_mask"), masked))
         weights = f"{attn}.probabilities"
         self.op("softmax", weights, (masked,), weights, square, "probabilities")
@@ -124,9 +121,7 @@ class _Builder:
         wide = (BATCH, SEQUENCE, g.mlp)
         gate, up = self.linear(f.layer(i, f.gate), x), self.linear(f.layer(i, f.up), x)
         path, down = f.layer(i, f.activation), f.layer(i, f.down)
-        module: Any = self.model.get_submodule(path)
-        assert isinstance(module, QuantActivation)
-        function = activation_name(module.function)
+        function = activation_name(self.source.function(path))
         activated = self.op("activation", path, (gate,), f"{path}.output", wide, "activation", function=function)
         product = self.op("multiply", f"{down}.product", (activated, up), f"{down}.input", wide, "product")
         return self.linear(down, product)
@@ -153,8 +148,10 @@ class _Builder:
         factor: float = 1.0,
         **attributes: Any,
     ) -> str:
-        encoding = self.encoding(output)
-        self.add(Value(output, shape, encoding.scaled(factor) if factor != 1.0 else encoding, role))
+        encoding = self.source.activation(output)
+        if encoding is not None and factor != 1.0:
+            encoding = encoding.scaled(factor)
+        self.add(Value(output, shape, encoding, role))
         self.graph.ops.append(Op(kind, name, inputs, output, attributes))
         return output
 
@@ -175,64 +172,22 @@ class _Builder:
         return self.op("linear", path, operands, spec.name, (BATCH, SEQUENCE, out), spec.role, factor)
 
     def norm(self, path: str, x: str, shape: tuple[Dim, ...], factor: float = 1.0) -> str:
-        module: Any = self.model.get_submodule(path)
-        assert isinstance(module, QuantNorm)
+        eps, centre = self.source.norm(path)
         operands = (x, self.weight(path, path, factor), *self.bias(path, path, factor))
         spec = self.plan.activations[f"{path}.output"]
-        return self.op(
-            "norm", path, operands, spec.name, shape, spec.role, factor, eps=module.eps, centre=module.centre
-        )
+        return self.op("norm", path, operands, spec.name, shape, spec.role, factor, eps=eps, centre=centre)
 
     def weight(self, path: str, owner: str, factor: float) -> str:
-        held: QWeight = self.model.get_submodule(owner).weight  # type: ignore[assignment]
-        spec = self.plan.weights[owner]
-        scale, zero_point = held.scale.detach().flatten(), held.zero_point.flatten()
-        if not spec.per_channel:
-            scale, zero_point = scale[0], zero_point[0]
-        name = f"{path}.weight"
-        encoding = Encoding(scale.float().cpu() * factor, zero_point.to(torch.int32).cpu(), spec.grid)
-        return self.constant(name, tuple(held.shape), encoding, self.plan.weights[path].role, lambda: held.codes.cpu())
+        weight = self.source.weight(owner).scaled(factor)
+        return self.constant(f"{path}.weight", weight, self.plan.weights[path].role)
 
     def bias(self, path: str, owner: str, factor: float) -> tuple[str, ...]:
-        module: Any = self.model.get_submodule(path)
-        if module.bias is None:
-            return ()
-        held: QWeight = self.model.get_submodule(owner).weight  # type: ignore[assignment]
-        near = f"{path}.output" if self.plan.weights[path].role == "gain" else input_of(self.plan, path)
-        quantizer: Any = self.model.get_submodule(near)
-        scale = bias_scale(self.plan, path, {near: (quantizer.scale, quantizer.zero_point)}, held.scale).detach()
-        encoding = Encoding(scale.float().cpu(), torch.zeros_like(scale, dtype=torch.int32).cpu(), _BIAS_GRID)
+        bias = self.source.bias(path, owner)
+        return () if bias is None else (self.constant(f"{path}.bias", bias.scaled(factor), "bias"),)
 
-        def codes() -> Tensor:
-            return quantize(module.bias.detach().cpu(), encoding.scale, encoding.zero_point, _BIAS_GRID)
-
-        return (self.constant(f"{path}.bias", tuple(module.bias.shape), encoding.scaled(factor), "bias", codes),)
-
-    def constant(
-        self, name: str, shape: tuple[int, ...], encoding: Encoding, role: str, codes: Callable[[], Tensor]
-    ) -> str:
-        self.graph.constants[name] = codes
-        return self.add(Value(name, shape, encoding, role))
-
-    def embedding_table(self) -> str:
-        """The table on the grid of the embedding's output: looking a row up is then all that is left to do."""
-        path = self.plan.family.embedding
-        module: Any = self.model.get_submodule(path)
-        assert isinstance(module, QuantEmbedding)
-        encoding = self.encoding(f"{path}.output")
-
-        def codes() -> Tensor:
-            table: QWeight = module.weight  # type: ignore[assignment]
-            rows = table.rows(torch.arange(module.num_embeddings, device=table.device))
-            values = rows if module.multiplier == 1.0 else rows * module.multiplier
-            return quantize(values.cpu(), encoding.scale, encoding.zero_point, encoding.grid)
-
-        return self.constant(f"{path}.table", tuple(module.weight.shape), encoding, "embedding", codes)
-
-    def encoding(self, name: str) -> Encoding:
-        quantizer: Any = self.model.get_submodule(name)
-        assert isinstance(quantizer, Quantizer)
-        return Encoding(quantizer.scale.detach().cpu(), quantizer.zero_point.detach().cpu(), quantizer.spec.grid)
+    def constant(self, name: str, constant: Constant, role: str) -> str:
+        self.graph.constants[name] = constant.read
+        return self.add(Value(name, constant.shape, constant.encoding, role))
 
     def softmax_scale(self, attention: str) -> float:
         module: Any = self.model.get_submodule(attention)
@@ -242,13 +197,13 @@ class _Builder:
 _FACTS = ("layers", "heads", "kv_heads", "head_dim", "rotary_dims", "hidden", "mlp", "vocabulary")
 
 
-def masked_encoding(scores: Encoding) -> Encoding:
-    """Grid of the masked scores: the scores' own steps, with room below for a hidden position.
+def masked_encoding(scores: Encoding | None) -> Encoding | None:
+    """Grid of the masked scores: the scores' own steps, with room below for a hidden position. None for floats.
 
     16-bit scores are calibrated with that room already. 8-bit ones move to the top of a 16-bit grid of equal steps, so
     that a visible score keeps its value exactly.
     """
-    if scores.grid.bits == 16:
+    if scores is None or scores.grid.bits == 16:
         return scores
     wide = Grid(16, signed=False)
     return Encoding(scores.scale, scores.zero_point + (wide.qmax - scores.grid.qmax), wide)

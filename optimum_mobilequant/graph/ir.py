@@ -25,29 +25,44 @@ class Encoding:
     """Scale and zero point of a tensor's integers: ``x = (code - zero_point) * scale``.
 
     Args:
-        scale: float32, 0-dim, or ``[units]`` with one scale for each index of the tensor's first axis.
+        scale: float32, 0-dim; or ``[units]`` with one scale for each index of the tensor's first axis; or
+            ``[units, blocks]`` with one for each run of ``block_size`` values along the second axis of a matrix.
         zero_point: int32, shape of ``scale``.
         grid: the integers.
+        block_size: values that share a scale, 0 unless ``scale`` has two axes.
     """
 
     scale: Tensor
     zero_point: Tensor
     grid: Grid
+    block_size: int = 0
 
     @property
     def per_channel(self) -> bool:
         return self.scale.ndim == 1
 
+    @property
+    def per_block(self) -> bool:
+        return self.scale.ndim == 2
+
     def scaled(self, factor: float) -> Encoding:
         """The same integers, read as values ``factor`` times as large."""
-        return Encoding(self.scale * factor, self.zero_point, self.grid)
+        return Encoding(self.scale * factor, self.zero_point, self.grid, self.block_size)
 
     def same_as(self, other: Encoding) -> bool:
         return (
-            self.grid == other.grid
+            (self.grid, self.block_size) == (other.grid, other.block_size)
             and self.scale.shape == other.scale.shape
             and bool((self.scale == other.scale).all() and (self.zero_point == other.zero_point).all())
         )
+
+    def broadcast(self, dims: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point in shapes that broadcast against codes of ``dims`` axes."""
+        if self.per_block:
+            scale, zero_point = (t.repeat_interleave(self.block_size, 1) for t in (self.scale, self.zero_point))
+            return scale, zero_point
+        shape = (-1, *[1] * (dims - 1)) if self.per_channel else ()
+        return self.scale.view(shape), self.zero_point.view(shape)
 
 
 @dataclass(frozen=True)
