@@ -77,7 +77,11 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "True or False",
     ),
     (("bos",), lambda v: isinstance(v, bool) or v == "auto", '"auto", True or False'),
-    (("device", "family", "run_dir", "dataset_split", "text_column"), lambda v: isinstance(v, str), "a string"),
+    (
+        ("device", "family", "run_dir", "dataset_split", "text_column", "target"),
+        lambda v: isinstance(v, str),
+        "a string",
+    ),
     (("transforms",), _strings, "a list of names"),
     (("overrides", "recorded", "scheme"), lambda v: isinstance(v, dict), "a dict"),
     (
@@ -110,6 +114,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
             any of ``weight_bits`` (4 or 8), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"`` or
             ``"tensor"``) and ``bits`` (activations, 8 or 16). They win over any preset, the paper's included.
         family: architecture family; None derives it from the model.
+        target: backend that the result must run on, a key of ``optimum_mobilequant.export.targets.TARGETS``. What it
+            cannot compute is refused before anything is tuned; nothing else changes. None checks nothing.
         scheme: the preset written out, as saved in a checkpoint; wins over the ``preset`` name, so that old
             checkpoints do not depend on today's preset table. None takes the table.
         samples: sequences for calibration and training. seq_len: tokens in each. batch_size: sequences at a time.
@@ -148,6 +154,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     seed: int = 0
     overrides: dict[str, dict[str, Any]] | None = None
     family: str | None = None
+    target: str | None = None
     scheme: dict[str, Any] | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -211,6 +218,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
                 torch.device(self.device)
             except RuntimeError as error:
                 raise ValueError(f'device "{self.device}" is not a torch device, e.g. "cpu" or "cuda:0"') from error
+        if self.target is not None:
+            from .export.targets import TARGETS
+
+            lookup("target", TARGETS, self.target)
         dataset_kind(self.dataset)
         self._validate_overrides()
         self.resolve_scheme()

@@ -14,6 +14,7 @@ from .checkpoint import check_files, scheme_digest, skeleton
 from .checkpoint.files import DIGEST_KEY, check_values
 from .config import MobileQuantConfig
 from .families import family_of, geometry_of
+from .hub.tags import add_tags, remove_tags
 from .log import get_logger
 from .plan import Plan, build_plan
 from .sources import dataset_record
@@ -71,6 +72,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             check_values(model)
+            add_tags(model, self.quantization_config)
             return model
         from .pipeline import quantize
 
@@ -104,6 +106,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
         # save_pretrained leaves a string in the model's config
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         restore_float(model, plan_of(model, self.quantization_config), wanted)
+        remove_tags(model)
         return model
 
 
@@ -149,6 +152,7 @@ def attach(model: Any, config: MobileQuantConfig) -> None:
     plan = plan_of(model, config)
     untie(model)
     ignore_sentinel(model, plan)
+    add_tags(model, config)
 
 
 def register() -> None:

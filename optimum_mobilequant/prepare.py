@@ -22,6 +22,7 @@ from .config import MobileQuantConfig
 from .data import CalibrationData, calibration_data
 from .evaluate.perplexity import exp_or_inf
 from .families import family_of, geometry_of
+from .hub.names import hub_id_of
 from .log import get_logger
 from .plan import Plan, build_plan
 from .recipes import Settings
@@ -124,6 +125,7 @@ class Prepared:
         peak = peak_memory(self.config.device or self._device)
         self.recorded |= {
             "versions": versions(),
+            "base_model": hub_id_of(getattr(self.model.config, "_name_or_path", None)),
             "data": self.data.description,
             "data_sha256": self.data.sha256,
             "validation_perplexity": {
@@ -155,8 +157,8 @@ def prepare(
     """Check model, config and data against each other and open the run directory.
 
     Raises:
-        ValueError: no dataset; unknown family; preset and overrides that fit no tensor; weights that are not finite,
-            missing, offloaded or already quantized; too little text.
+        ValueError: no dataset; unknown family; preset and overrides that fit no tensor, or that the target cannot
+            compute; weights that are not finite, missing, offloaded or already quantized; too little text.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -180,6 +182,10 @@ def prepare(
     family = family_of(model, config.family)
     geometry = geometry_of(model, family)
     plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
+    if config.target is not None:
+        from .export.targets import TARGETS, check_plan
+
+        check_plan(model, plan, TARGETS[config.target])
     # A name with a slip in it, or the record of a saved config: say so before looking for a tokenizer.
     next(iter_documents(config.dataset, split=config.dataset_split, text_column=config.text_column), None)
     if tokenizer is None:

@@ -32,7 +32,16 @@ STAGES = {"calibrate": 10, "transform": 20, "learn": 30, "round": 35, "pack": 40
 _FINGERPRINT = "fingerprint.json"
 _FORMAT_VERSION = "1"
 # Settings that say where things are, or what came out, and not what is computed. The data has a hash of its own.
-_NOT_COMPUTED_FROM = {"run_dir", "device", "recorded", "dataset", "dataset_split", "text_column", "tokenizer"}
+_NOT_COMPUTED_FROM = {
+    "run_dir",
+    "device",
+    "recorded",
+    "dataset",
+    "dataset_split",
+    "text_column",
+    "tokenizer",
+    "target",  # refuses a run, changes none
+}
 # Entries of a model's config that change with loading and saving; its class and the dtype of its weights count anyway.
 _NOT_ARCHITECTURE = {
     "_name_or_path",

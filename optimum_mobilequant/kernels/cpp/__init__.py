@@ -1,0 +1,81 @@
+"""Compiled CPU backend: this package's own kernels for 8- and 4-bit weights, compiled on first use."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..reference import finish, pack_multiplier
+from ..spec import Call, LinearSpec, Output, Packed, Weights
+from .build import BuildError, build_library
+from .library import Library
+
+# 16 * code * 255 summed over more columns could leave int32 before the 16 is divided out.
+_MOST_COLUMNS = 65793
+
+
+@cache
+def library() -> Library:
+    """The kernels, compiled if they are not in the cache.
+
+    Raises:
+        BuildError: they cannot be compiled, stored, loaded or trusted here; the message says why.
+    """
+    return Library(build_library())
+
+
+@cache
+def available() -> str | None:
+    """Why this backend cannot be used here, or None. Compiles the kernels on the first call (some seconds)."""
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def supports(spec: LinearSpec) -> str | None:
+    """Why this backend cannot run a layer, or None."""
+    if spec.device != "cpu":
+        return "it computes on the CPU"
+    if spec.in_features > _MOST_COLUMNS:
+        return f"it takes up to {_MOST_COLUMNS} input features, not {spec.in_features}"
+    if spec.activation_bits == 16 and spec.output.is_totals:
+        return "totals of 16-bit activations leave int32"
+    return None
+
+
+def pack(spec: LinearSpec, weights: Weights) -> Packed:
+    """Weights in the kernels' layout (half a byte for each 4-bit weight); the input's zero point in the bias."""
+    if spec.activation_bits == 8 and weights.largest_total(spec) >= 2**31:
+        raise ValueError('the sums of this layer can leave int32; give backend="reference"')
+    bias = weights.folded_bias()
+    if spec.activation_bits == 8:  # intermediate sums wrap around, their end does not
+        bias = ((bias + 2**31) % 2**32 - 2**31).to(torch.int32)
+    packed = library().pack(weights.codes.contiguous(), spec.weight_bits)
+    zero = None if weights.zero_point is None else weights.zero_point.to(torch.int32).contiguous()
+    return Packed(packed, bias, pack_multiplier(weights.real_factor(spec.output), spec.output), zero, 0)
+
+
+def run(call: Call) -> Tensor:
+    """One call of the kernel; for 16-bit activations two byte planes of rows in one call."""
+    if call.activation_bits == 16:
+        return _wide(call)
+    return library().linear(call.x, call.packed, call.output, call.weight_bits)
+
+
+def _wide(call: Call) -> Tensor:
+    """``sum_k x * w`` with ``x = 256 * high + low``: both planes are uint8 rows of the same product."""
+    packed = call.packed
+    x = call.x.reshape(-1, call.x.shape[-1])
+    planes = torch.cat([x >> 8, x & 0xFF]).to(torch.uint8)
+    no_bias = torch.zeros(call.out_features, dtype=torch.int32, device="cpu")
+    plain = Packed(packed.weight, no_bias, packed.multiplier, None, 0)
+    parts = library().linear(planes, plain, Output.totals(), call.weight_bits)
+    high, low = parts.to(torch.int64).chunk(2)
+    total = high * 256 + low + packed.bias
+    if packed.weight_zero_point is not None:
+        total -= x.sum(-1, keepdim=True, dtype=torch.int64) * packed.weight_zero_point
+    return finish(total, packed.multiplier, call.output)

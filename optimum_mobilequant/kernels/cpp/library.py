@@ -1,0 +1,144 @@
+"""The compiled kernels as Python calls: addresses and sizes in, tensors out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..spec import Output, Packed
+from .build import BuildError
+
+ISA_VARIABLE = "MOBILEQUANT_ISA"
+
+# name -> (result, arguments), as declared in dispatch.cpp
+_FUNCTIONS = {
+    "mq_threads_supported": (c_int, []),
+    "mq_isa": (c_char_p, [c_int]),
+    "mq_self_check": (c_int, [c_int]),
+    "mq_packed_bytes": (c_int64, [c_int64, c_int64, c_int]),
+    "mq_pack": (None, [c_void_p, c_int64, c_int64, c_int, c_void_p]),
+    "mq_linear": (
+        c_int,
+        [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 4, c_float, c_int, c_int],
+    ),
+    "mq_quantize": (None, [c_void_p, c_int, c_int64, c_float, c_int, c_void_p, c_int, c_int]),
+}
+
+# (dtype, is there a grid) -> Output of linear.h
+_OUTPUTS = {
+    (torch.int32, False): 0,
+    (torch.uint8, True): 1,
+    (torch.int32, True): 2,
+    (torch.float32, False): 3,
+    (torch.bfloat16, False): 4,
+    (torch.float32, True): 5,
+    (torch.bfloat16, True): 6,
+}
+
+# What mq_linear returns.
+_FAILURES: dict[int, type[Exception]] = {1: MemoryError, 2: ValueError}
+_REASONS = {1: "no memory for its working copies", 2: "the weight was packed for another layer"}
+
+
+class Library:
+    """The shared library, with one instruction set chosen.
+
+    Args:
+        path: the compiled file.
+        isa: ``"avx512vnni"``, ``"avxvnni"``, ``"avx2"``, ``"neon"`` or ``"generic"``; None for the environment
+            variable MOBILEQUANT_ISA or else the best one that the processor has.
+
+    Raises:
+        BuildError: the file cannot be loaded, the processor lacks the instruction set, or what it computes is wrong.
+    """
+
+    def __init__(self, path: Path, isa: str | None = None):
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(
+                f"the compiled kernels cannot be loaded: {error}; delete {path} to compile again"
+            ) from None
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
+        self._linear = self._library.mq_linear
+        present = self._instruction_sets()
+        wanted = isa or os.environ.get(ISA_VARIABLE)
+        if wanted and wanted not in present:
+            raise BuildError(
+                f"{ISA_VARIABLE}={wanted} is not one of {', '.join(present)}, which run on this processor"
+            )
+        self.isa: str = wanted or next(iter(present))
+        self._isa = present[self.isa]
+        if self._library.mq_self_check(self._isa) != 1:
+            raise BuildError(f"the compiled {self.isa} kernels compute wrong results here; please report this")
+
+    def _instruction_sets(self) -> dict[str, int]:
+        """Those this processor has, best first, with their index."""
+        found, index = {}, 0
+        while (name := self._library.mq_isa(index)) is not None:
+            if name:
+                found[name.decode()] = index
+            index += 1
+        return found
+
+    @property
+    def instruction_sets(self) -> tuple[str, ...]:
+        """Names of those compiled in that this processor has, best first."""
+        return tuple(self._instruction_sets())
+
+    @property
+    def threaded(self) -> bool:
+        """Whether the library was compiled with OpenMP."""
+        return bool(self._library.mq_threads_supported())
+
+    def pack(self, codes: Tensor, bits: int) -> Tensor:
+        """Codes (int8, contiguous ``[out, in]``) in the layout of linear.h: uint8, one axis."""
+        rows, columns = codes.shape
+        packed = torch.empty(self._library.mq_packed_bytes(rows, columns, bits), dtype=torch.uint8, device="cpu")
+        self._library.mq_pack(codes.data_ptr(), rows, columns, bits, packed.data_ptr())
+        return packed
+
+    def linear(self, x: Tensor, packed: Packed, output: Output, bits: int) -> Tensor:
+        """The layer on uint8 ``x`` ``[..., in]``; ``packed`` as the backend packed it.
+
+        Raises:
+            ValueError: tensors that were not packed for these sizes and this output.
+            MemoryError: no memory for the working copies.
+        """
+        columns, rows = x.shape[-1], packed.bias.shape[0]
+        if x.dim() != 2:
+            x = x.reshape(-1, columns)
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+        count, zero = x.shape[0], packed.weight_zero_point
+        out = torch.empty((count, rows), dtype=output.dtype, device="cpu")
+        if packed.multiplier.numel() != (2 * rows if output.qmax else rows) or (
+            zero is not None and len(zero) != rows
+        ):
+            raise ValueError("the multipliers were packed for another layer or output")
+        failure = self._linear(
+            x.data_ptr(), x.stride(0), packed.weight.data_ptr(), packed.weight.numel(), packed.bias.data_ptr(),
+            None if zero is None else zero.data_ptr(), packed.multiplier.data_ptr(), out.data_ptr(),
+            count, rows, columns, bits, _OUTPUTS[output.dtype, output.qmax > 0], output.zero_point, output.qmax,
+            output.scale, torch.get_num_threads(), self._isa,
+        )  # fmt: skip
+        if failure:
+            raise _FAILURES[failure](f"a linear layer of {columns} columns on {count} rows: {_REASONS[failure]}")
+        return out
+
+    def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Codes of float32 or bfloat16 ``x`` on the 8-bit activation grid: those of :func:`~...numerics.quantize`."""
+        x = x.contiguous()
+        codes = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+        self._library.mq_quantize(
+            x.data_ptr(), int(x.dtype == torch.bfloat16), x.numel(), scale, zero_point, codes.data_ptr(),
+            torch.get_num_threads(), self._isa,
+        )  # fmt: skip
+        return codes

@@ -1,0 +1,91 @@
+"""oneDNN backend: torch's own quantized linear on x86, for machines without a compiler and for AMX.
+
+Activations are always passed as uint8. With int8 activations oneDNN runs a reference loop for small products: a key or
+value projection at decode then takes milliseconds, not microseconds; with uint8 it never does. 4-bit weights are
+unpacked to int8 when they are packed: int8 speed, no memory saved.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .reference import pack_multiplier
+from .simulate import finish_float
+from .spec import Call, LinearSpec, Output, Packed, Weights
+
+# The number of rows that the layout of the weights is chosen for: this hint serves 1 to 256 rows best.
+_ROWS = 256
+_X86 = ("x86_64", "amd64")
+
+
+@cache
+def available() -> str | None:
+    """Why this backend cannot be used here, or None."""
+    if platform.machine().lower() not in _X86:
+        return "torch's quantized linear is for x86 processors"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return "the processor has no AVX2"
+    try:
+        weight = torch.ops.onednn.qlinear_prepack(
+            torch.full((16, 32), -128, dtype=torch.int8, device="cpu"), [_ROWS, 32]
+        )
+        x, one = torch.full((2, 32), 255, dtype=torch.uint8, device="cpu"), torch.ones(16, device="cpu")
+        found = _qlinear(x, 0, weight, one, torch.zeros_like(one), torch.float32, 0)
+    except (AttributeError, RuntimeError) as error:
+        return f"torch's quantized linear does not run: {str(error).splitlines()[0]}"
+    # Without VNNI instructions some versions add pairs of products in 16 bits and saturate.
+    return None if bool((found == -128 * 255 * 32).all()) else "torch's quantized linear saturates on this processor"
+
+
+def supports(spec: LinearSpec) -> str | None:
+    """Why this backend cannot run a layer, or None."""
+    if spec.device != "cpu":
+        return "it computes on the CPU"
+    if spec.activation_bits != 8:
+        return f"it takes 8-bit activations, not {spec.activation_bits}-bit ones"
+    if spec.weight_bits == 8 and not spec.symmetric:
+        return "it takes symmetric 8-bit weights only"
+    if spec.output.is_totals:
+        return "it does not return int32 totals"
+    return None
+
+
+def pack(spec: LinearSpec, weights: Weights) -> Packed:
+    """Weights in oneDNN's layout; the zero point of a 4-bit weight is subtracted (the result fits 8 bits)."""
+    codes = weights.codes
+    if weights.zero_point is not None:
+        codes = (codes.to(torch.int32) - weights.zero_point[:, None]).to(torch.int8)
+    factor = weights.real_factor(spec.output)
+    bias = torch.zeros_like(factor) if weights.bias is None else factor * weights.bias
+    packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [_ROWS, spec.in_features])
+    multiplier = pack_multiplier(factor, Output.real(torch.float32))
+    return Packed(packed, bias.float(), multiplier, None, weights.input_zero_point)
+
+
+def run(call: Call) -> Tensor:
+    """8-bit codes and plain floats come from oneDNN's own epilogue, the others from float32 steps."""
+    packed, output = call.packed, call.output
+    x = call.x.reshape(-1, call.x.shape[-1]).contiguous()
+    shape = (*call.x.shape[:-1], call.out_features)
+    if x.shape[0] == 0:
+        return x.new_empty(shape, dtype=output.dtype)
+    own = output.dtype if output.dtype == torch.uint8 and output.qmax == 255 or not output.qmax else torch.float32
+    zero_point = output.zero_point if own == torch.uint8 else 0
+    out = _qlinear(x, packed.input_zero_point, packed.weight, packed.multiplier, packed.bias, own, zero_point)
+    return (finish_float(out, call) if own == torch.float32 and output.qmax else out).view(shape)
+
+
+def _qlinear(
+    x: Tensor, x_zero: int, weight: Tensor, factor: Tensor, bias: Tensor, dtype: torch.dtype, zero: int
+) -> Tensor:
+    no_zeros = torch.zeros_like(factor, dtype=torch.int32)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, x_zero, weight, factor, no_zeros, bias, 1.0, zero, dtype, "none", [], ""
+    )
+    return out

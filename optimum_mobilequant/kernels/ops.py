@@ -1,0 +1,107 @@
+"""The kernels as torch operators: ``torch.ops.mobilequant.linear_w8a8`` and its kin, and ``quantize_u8``.
+
+Operators, because ``torch.compile`` and ``torch.export`` can keep an operator whose result they know the shape of, and
+cannot look into a compiled kernel. They have no gradients: integers have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..numerics import Grid, quantize
+from . import cpp
+from .registry import BACKENDS
+from .spec import Call, Output, Packed
+
+NAMESPACE = "mobilequant"
+WIDTHS = tuple((weight, activation) for weight in (8, 4) for activation in (8, 16))
+
+_LINEAR = (
+    "(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, Tensor? weight_zero_point, int input_zero_point, "
+    "int in_features, str backend, ScalarType dtype, int qmax, int zero_point, float scale) -> Tensor"
+)
+_QUANTIZE = "(Tensor x, float scale, int zero_point, str backend) -> Tensor"
+
+
+def _check(x: Tensor, bias: Tensor, dtype: torch.dtype, in_features: int) -> None:
+    if x.device != bias.device:
+        raise ValueError(f"the layer was packed on {bias.device}, and its input lies on {x.device}")
+    if x.dtype != dtype or x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"the layer takes codes of dtype {dtype} and shape [..., {in_features}], not {x.dtype} {list(x.shape)}"
+        )
+
+
+def _linear(weight_bits: int, activation_bits: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Implementation and shape function of one operator."""
+    codes = Grid(activation_bits, signed=False).dtype
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        multiplier: Tensor,
+        weight_zero_point: Tensor | None,
+        input_zero_point: int,
+        in_features: int,
+        backend: str,
+        dtype: torch.dtype,
+        qmax: int,
+        zero_point: int,
+        scale: float,
+    ) -> Tensor:
+        _check(x, bias, codes, in_features)
+        packed = Packed(weight, bias, multiplier, weight_zero_point, input_zero_point)
+        output = Output(dtype, qmax, zero_point, scale)
+        return (
+            BACKENDS[backend]
+            .run(Call(x, packed, output, weight_bits, activation_bits))
+            .view(*x.shape[:-1], bias.shape[0])
+        )
+
+    def shape(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        multiplier: Tensor,
+        weight_zero_point: Tensor | None,
+        input_zero_point: int,
+        in_features: int,
+        backend: str,
+        dtype: torch.dtype,
+        qmax: int,
+        zero_point: int,
+        scale: float,
+    ) -> Tensor:
+        _check(x, bias, codes, in_features)
+        return x.new_empty((*x.shape[:-1], bias.shape[0]), dtype=dtype)
+
+    return run, shape
+
+
+def _quantize(x: Tensor, scale: float, zero_point: int, backend: str) -> Tensor:
+    if backend == "cpp" and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        return cpp.library().quantize(x, scale, zero_point)
+    encoding = torch.tensor(scale, device=x.device), torch.tensor(zero_point, device=x.device)
+    return quantize(x, *encoding, Grid(8, signed=False)).contiguous()
+
+
+def _quantize_shape(x: Tensor, scale: float, zero_point: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    entries = {f"linear_w{w}a{a}": (_LINEAR, *_linear(w, a)) for w, a in WIDTHS}
+    entries["quantize_u8"] = (_QUANTIZE, _quantize, _quantize_shape)
+    for name, (schema, run, shape) in entries.items():
+        library.define(name + schema)
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=library)
+    return library
+
+
+_LIBRARY = _register()  # the operators live as long as this object
