@@ -20,6 +20,7 @@ REQUIREMENTS = {
     "accelerate": "",
     "optimum": ">=2.3,<3",
     "optimum-quanto": ">=0.2.7,<0.3",
+    "huggingface_hub": "",
     "safetensors": "",
     "tqdm": "",
     "numpy": "",
@@ -29,8 +30,9 @@ REQUIREMENTS = {
 EXTRAS = {
     "data": ("datasets",),
     "eval": ("lm-eval",),
-    "onnx": ("onnx", "onnxruntime", "onnxscript", "onnx-ir"),
-    "qnn": ("qai-hub",),
+    "onnx": ("onnx", "onnxruntime"),
+    "qnn": ("onnx", "onnxruntime", "onnxruntime-qnn"),
+    "ai-hub": ("onnx", "qai-hub"),
     "plots": ("matplotlib",),
 }
 # Instruction sets that decide how fast int8 and bfloat16 run on a CPU (x86 names, then ARM names).

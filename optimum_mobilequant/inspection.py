@@ -6,22 +6,20 @@ built on the meta device, to know what the files must hold.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .checkpoint import check_files, skeleton
 from .checkpoint.pack import bias_scale, input_of
+from .checkpoint.reader import TensorReader
 from .config import MobileQuantConfig
 from .hf_quantizer import METHOD, plan_of, sentinel_key
 from .numerics import Grid
@@ -83,46 +81,28 @@ def inspect_checkpoint(path: str | PathLike[str]) -> Inspection:
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {str(path)!r}: give a folder that mobilequant saved")
-    files = _weight_files(folder)
-    model, config = _empty_model(folder)
+    reader = _Reader(folder)
+    model, config = empty_model(folder)
     plan = plan_of(model, config)
     skeleton(model, plan)
-    check_files(model, map(str, files), config.to_dict(), sentinel_key(plan))
-    with ExitStack() as stack:
-        reader = _Reader([stack.enter_context(safe_open(file, framework="pt")) for file in files])
-        rows = [_activation_row(spec, reader) for spec in plan.activations.values()]
-        moves = dict(plan.moves)
-        for spec in plan.weights.values():
-            if spec.name == plan.family.head and plan.geometry.tied:
-                moves[f"{spec.name}.weight"] = f"{plan.family.embedding}.weight"
-            else:
-                rows.append(_weight_row(spec, reader))
-        rows += [_bias_row(name, model, plan, reader) for name in plan.weights if f"{name}.bias" in reader.keys]
-        reader.taken |= {f"{plan.family.embedding}.dtype_anchor", sentinel_key(plan)}  # they hold nothing
-        if left := sorted(reader.keys - reader.taken):
-            raise ValueError(f"{len(left)} stored tensors have no place in the plan, e.g. {', '.join(left[:4])}")
-        totals = _totals(rows, model, reader, files)
+    check_files(model, map(str, reader.files), config.to_dict(), sentinel_key(plan))
+    rows = [_activation_row(spec, reader) for spec in plan.activations.values()]
+    moves = dict(plan.moves)
+    for spec in plan.weights.values():
+        if spec.name == plan.family.head and plan.geometry.tied:
+            moves[f"{spec.name}.weight"] = f"{plan.family.embedding}.weight"
+        else:
+            rows.append(_weight_row(spec, reader))
+    rows += [_bias_row(name, model, plan, reader) for name in plan.weights if f"{name}.bias" in reader.keys]
+    reader.taken |= {f"{plan.family.embedding}.dtype_anchor", sentinel_key(plan)}  # they hold nothing
+    if left := sorted(reader.keys - reader.taken):
+        raise ValueError(f"{len(left)} stored tensors have no place in the plan, e.g. {', '.join(left[:4])}")
+    totals = _totals(rows, model, reader)
     described = {"preset": config.preset, "recipe": config.recipe, "effort": config.effort, "family": plan.family.name}
     return Inspection(rows, moves, totals, described | {"format_version": config.format_version})
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file() and not single.is_file():  # transformers prefers the single file, too
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}); download or save the checkpoint again") from error
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download or save the checkpoint again")
-    return files
-
-
-def _empty_model(folder: Path) -> tuple[PreTrainedModel, MobileQuantConfig]:
+def empty_model(folder: Path) -> tuple[PreTrainedModel, MobileQuantConfig]:
     """The architecture without weights, and the quantization config."""
     architecture = AutoConfig.from_pretrained(folder)
     stored = getattr(architecture, "quantization_config", None)
@@ -137,28 +117,26 @@ def _empty_model(folder: Path) -> tuple[PreTrainedModel, MobileQuantConfig]:
         return AutoModelForCausalLM.from_config(architecture), config
 
 
-class _Reader:
-    """Tensors of all shards by key; remembers which keys were asked for."""
+class _Reader(TensorReader):
+    """Remembers which keys were asked for."""
 
-    def __init__(self, shards: Sequence[Any]):
-        self.place = {key: shard for shard in shards for key in shard.keys()}  # noqa: SIM118 (not a mapping)
+    def __init__(self, folder: Path):
+        super().__init__(folder)
         self.taken: set[str] = set()
-
-    @property
-    def keys(self) -> set[str]:
-        return set(self.place)
 
     def tensor(self, key: str) -> Tensor:
         self.taken.add(key)
-        value: Tensor = self.place[key].get_tensor(key)
-        return value
+        return self.read(key)
 
-    def below(self, prefix: str) -> list[str]:
-        return [key for key in self.place if key.startswith(f"{prefix}.")]
+    def under(self, prefix: str) -> list[str]:
+        return [key for key in self.keys if key.startswith(f"{prefix}.")]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(map(self.bytes_of, self.keys))
 
     def bytes_of(self, key: str) -> int:
-        part = self.place[key].get_slice(key)
-        return math.prod(part.get_shape()) * _bits_of(part.get_dtype()) // 8
+        return math.prod(self.shape(key)) * _bits_of(self.stored_dtype(key)) // 8
 
 
 def _bits_of(dtype: str) -> int:
@@ -167,7 +145,7 @@ def _bits_of(dtype: str) -> int:
 
 def _activation_row(spec: ActivationSpec, reader: _Reader) -> dict[str, Any]:
     scale, zero_point = reader.tensor(f"{spec.name}.scale"), reader.tensor(f"{spec.name}.zero_point")
-    stored = sum(map(reader.bytes_of, reader.below(spec.name)))
+    stored = sum(map(reader.bytes_of, reader.under(spec.name)))
     row = _row((spec.name, "activation", spec.role), scale, zero_point, spec.grid, stored)
     if spec.fixed is not None and (row["scale"], row["zero_point"]) != _as_stored(spec.fixed):
         raise ValueError(f"activation {spec.name} has the fixed encoding {spec.fixed}, but the file holds another one")
@@ -180,7 +158,7 @@ def _as_stored(fixed: tuple[float, int]) -> tuple[float, int]:
 
 def _weight_row(spec: WeightSpec, reader: _Reader) -> dict[str, Any]:
     name = f"{spec.name}.weight"
-    keys = reader.below(name)
+    keys = reader.under(name)
     reader.taken.update(keys)
     scale = reader.tensor(f"{name}._scale")
     if f"{name}._shift" in keys:
@@ -228,7 +206,7 @@ def _ends(values: Tensor) -> Any:
     return low if low == high else [low, high]
 
 
-def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader, files: list[Path]) -> dict[str, Any]:
+def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader) -> dict[str, Any]:
     kinds = [row["kind"] for row in rows]
     constants = [row for row in rows if row["kind"] != "activation"]
     parameters = 0
@@ -241,8 +219,8 @@ def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader,
         "biases": kinds.count("bias"),
         "parameters": parameters,
         "bits_per_parameter": 8 * sum(row["bytes"] for row in constants) / parameters,
-        "bytes": sum(map(reader.bytes_of, reader.place)),
-        "file_bytes": sum(file.stat().st_size for file in files),
+        "bytes": reader.total_bytes,
+        "file_bytes": sum(file.stat().st_size for file in reader.files),
     }
 
 

@@ -54,6 +54,11 @@ class TensorReader:
         """Shape from the header."""
         return tuple(self._place[key].get_slice(key).get_shape())
 
+    def stored_dtype(self, key: str) -> str:
+        """As the header names it: "F32", "U8", ..."""
+        dtype: str = self._place[key].get_slice(key).get_dtype()
+        return dtype
+
 
 def _files(folder: Path) -> list[Path]:
     """The weight files, in the order transformers looks for them."""

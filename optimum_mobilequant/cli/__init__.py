@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        hint = ": the same command resumes" if getattr(args, "run_dir", None) else ""
+        resumes = getattr(args, "run_dir", None) or getattr(args, "to", None) == "ai-hub"
+        hint = ": the same command resumes" if resumes else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:

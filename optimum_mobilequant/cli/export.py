@@ -72,5 +72,7 @@ def run_command(args: argparse.Namespace) -> int:
     else:
         for name, size in result.files.items():
             print(f"{size:>15,}  {name}")
-        print(f"saved {result.path} ({sum(result.files.values()):,} bytes)")
+        going_on = result.summary.get("continue") if result.summary.get("finished") is False else None
+        state = f"sent, not finished; continue with: {going_on}\n" if going_on else "saved "
+        print(f"{state}{result.path} ({sum(result.files.values()):,} bytes)")
     return 0

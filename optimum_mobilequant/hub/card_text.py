@@ -70,7 +70,7 @@ def _method(facts: Facts) -> str:
     rows.append(("seed", str(config.seed)))
     if facts.calibration:
         rows.append(("calibration text", facts.calibration))
-    if history := recorded.get("history"):
+    if (history := recorded.get("history")) and history[-1][0]:  # some recipes learn nothing
         rows.append(("learning", f"{history[-1][0]} steps, of which step {recorded.get('best_step')} was kept"))
     if versions := recorded.get("versions"):
         rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))

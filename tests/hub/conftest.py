@@ -22,6 +22,10 @@ def save_tokenizer(folder):
     fast.save_pretrained(folder)
 
 
+def files_of(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """(folder, its model's logits); not to be changed."""

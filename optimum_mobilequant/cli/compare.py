@@ -1,0 +1,55 @@
+"""``mobilequant compare``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import AddCommand, check_model, positive, print_json, read_text
+
+
+def register(add: AddCommand) -> None:
+    """Add the command to the parser."""
+    parser = add("compare", "Run a checkpoint as simulation, on integers and in runtimes, and compare the logits.")
+    parser.set_defaults(run_command=run_command)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder written by quantize")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to score")
+    parser.add_argument("--onnx", metavar="DIR", help="its export to onnx, run in ONNX Runtime")
+    parser.add_argument("--htp", action="store_true", help="also run it on the HTP emulator (Linux x86-64)")
+    parser.add_argument("--float", dest="float_model", metavar="MODEL", help="the float model it was made from")
+    parser.add_argument("--seq-len", type=positive, default=256, metavar="N", help="tokens in a window (256)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="use only the first N tokens of the text")
+    parser.add_argument("--json", action="store_true", help="print JSON; a value that is not finite becomes null")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    checkpoint = check_model(args.checkpoint)
+    float_model = None if args.float_model is None else check_model(args.float_model)
+    text = read_text(args.text)
+
+    from optimum_mobilequant.evaluate.compare import compare  # the package import registers the method
+
+    found = compare(
+        checkpoint, text, onnx=args.onnx, htp=args.htp, float_model=float_model, seq_len=args.seq_len,
+        tokens=args.tokens,
+    ).to_dict()  # fmt: skip
+    if args.json:
+        print_json(found)
+        return 0
+    pairs = found.pop("pairs")
+    print(f"{'':<20}{'perplexity':>12}{'tokens':>10}{'seconds':>10}")
+    for name, values in found.items():
+        print(f"{name:<20}{values['perplexity']:>12.5g}{values['tokens']:>10}{values['seconds']:>10.1f}")
+    print(f"\n{'':<20}{'SQNR dB':>12}{'argmax':>10}{'equal':>10}{'max LSB':>10}")
+    for name, values in pairs.items():
+        columns = (_share(values["argmax"]), _share(values["equal"]), _number(values["max_lsb"]))
+        print(f"{name:<20}{values['sqnr_db']:>12.1f}" + "".join(f"{column:>10}" for column in columns))
+    return 0
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else str(value)
