@@ -34,6 +34,19 @@ EXTRAS = {
     "qnn": ("onnx", "onnxruntime", "onnxruntime-qnn"),
     "ai-hub": ("onnx", "qai-hub"),
     "plots": ("matplotlib",),
+    "crosscheck": (
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "onnx-ir",
+        "bokeh",
+        "jinja2",
+        "jsonschema",
+        "pandas",
+        "pyyaml",
+        "scikit-learn",
+        "scipy",
+    ),
 }
 # Instruction sets that decide how fast int8 and bfloat16 run on a CPU (x86 names, then ARM names).
 _X86_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")

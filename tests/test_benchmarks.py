@@ -83,3 +83,29 @@ def test_cost_prints_ratios(run, folder, capsys):
     found = json.loads((folder / "cost.json").read_text())
     assert found["time"]["ratio"] > 0 and found["memory"]["quantize bytes"] > 0
     assert "ratio" in capsys.readouterr().out
+
+
+def test_fidelity_measures_each_checkpoint_once_and_names_what_is_absent(run, folder, capsys, monkeypatch):
+    import optimum_mobilequant.export.htp as htp
+
+    def missing():
+        raise ImportError("no emulator: pip install it")
+
+    monkeypatch.setattr(htp, "require_emulator", missing)
+    sizes = ["--seq-len", 16, "--tokens", 32, "--quick", "--recipe", "rtn", "--models", "models"]
+    sizes += ["--text", "small=calibration.txt,evaluation.txt,1000", "--out", "fidelity.json"]
+    assert run("fidelity.py", *sizes, "--only", "small/w8a8") is None
+    first = json.loads((folder / "fidelity.json").read_text())
+    (row,) = first["rows"]
+    assert (row["model"], row["preset"], row["run"]) == ("small", "w8a8", 0)
+    assert {"float", "simulate", "integer"} <= row["runners"].keys() and "htp" not in row["runners"]
+    assert row["absent"]["htp"] == "no emulator: pip install it"
+    assert 0 < row["pairs"]["integer/simulate"]["argmax"] <= 1
+    assert str(folder) not in json.dumps(first)
+    assert "integer/simulate" in capsys.readouterr().out
+
+    assert "--append" in run("fidelity.py", *sizes)
+    assert run("fidelity.py", *sizes, "--append", "--only", "small/w8a8", "--only", "small/w4a8") is None
+    second = json.loads((folder / "fidelity.json").read_text())
+    assert second["rows"][0] == row and [r["preset"] for r in second["rows"]] == ["w8a8", "w4a8"]
+    assert "was measured with" in run("fidelity.py", *sizes, "--append", "--seed", 1)

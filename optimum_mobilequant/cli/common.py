@@ -40,6 +40,19 @@ def check_model(name: str) -> str:
     return name
 
 
+def read_text(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no text file {name!r}: give --text a UTF-8 file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name!r} is not UTF-8 ({error}): convert it first") from error
+    if not text.strip():
+        raise ValueError(f"{name!r} is empty: give --text a file with text")
+    return text
+
+
 def check_output(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         if not any(out.iterdir()):

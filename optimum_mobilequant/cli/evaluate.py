@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .common import AddCommand, check_model, load, positive, print_json
+from .common import AddCommand, check_model, load, positive, print_json, read_text
 
 
 def register(add: AddCommand) -> None:
@@ -21,15 +20,7 @@ def register(add: AddCommand) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     model_name = check_model(args.model)
-    text_path = Path(args.text).expanduser()
-    if not text_path.is_file():
-        raise FileNotFoundError(f"no text file {args.text!r}: give --text a UTF-8 file")
-    try:
-        text = text_path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.text!r} is not UTF-8 ({error}): convert it first") from error
-    if not text.strip():
-        raise ValueError(f"{args.text!r} is empty: give --text a file with text")
+    text = read_text(args.text)
 
     from optimum_mobilequant.evaluate.perplexity import perplexity  # the package import registers the method
 

@@ -39,9 +39,10 @@ class PerplexityResult:
     nll: float
 
 
-def _token_ids(
+def token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text_or_ids: str | Sequence[int] | torch.Tensor
 ) -> torch.Tensor:
+    """Token ids of a text without special tokens, or the given ones checked against the vocabulary; int64 [tokens]."""
     if isinstance(text_or_ids, str):
         if tokenizer is None:
             raise ValueError("perplexity of a text needs a tokenizer; give one, or token ids")
@@ -101,7 +102,7 @@ def perplexity(
     first = getattr(tokenizer, "bos_token_id", None) if bos else None
     if bos and first is None:
         raise ValueError("bos=True needs a tokenizer with a beginning-of-sequence token; use bos=False")
-    ids = _token_ids(model, tokenizer, text_or_ids)
+    ids = token_ids(model, tokenizer, text_or_ids)
     stride = seq_len - 1 if bos else seq_len
     if ids.numel() < stride:
         raise ValueError(

@@ -30,7 +30,7 @@ from ..checkpoint.pack import input_of
 from ..checkpoint.reader import TensorReader
 from ..graph.load import QUANTO, method_of
 from ..hf_quantizer import plan_of, sentinel_key
-from ..inspection import _empty_model
+from ..inspection import empty_model
 from ..log import get_logger
 from ..nn import QWeight
 from ..plan import Plan
@@ -70,7 +70,7 @@ def export_compressed_tensors(checkpoint: Path, out: Path, options: ExportOption
             f"{str(checkpoint)!r} is a quanto model; {TARGET} is written from a checkpoint of `mobilequant quantize` "
             "only: quantize the float model with it, or with llm-compressor"
         )
-    model, config = _empty_model(checkpoint)
+    model, config = empty_model(checkpoint)
     plan = plan_of(model, config)
     skeleton(model, plan)
     reader = TensorReader(checkpoint)

@@ -1,7 +1,7 @@
 """Float ONNX graphs with AIMET encodings: what QNN's converters and Qualcomm AI Hub compile.
 
     prompt_ar<S>_cl<C>.aimet/   model.onnx, model.data, model.encodings: the graph for S new tokens
-    token_ar1_cl<C>.aimet/      the graph for one new token; the weights are the same file, linked
+    token_ar1_cl<C>.aimet/      the graph for one new token; the weights are the same
     io_spec.json                inputs and outputs of both graphs as integers
     README.md                   what each file is
 
@@ -10,7 +10,6 @@ AI Hub takes a folder with exactly one ``.onnx``, at most one ``.data``, one ``.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -97,11 +96,8 @@ def write_aimet(graph: Graph, out: Path, options: ExportOptions) -> dict[str, Em
     if not first.stat().st_size:  # all weights are small enough to lie in the graphs
         first.unlink()
         return emitted
-    for path in others:
-        try:
-            os.link(first, path)
-        except OSError:  # a file system without links
-            shutil.copyfile(first, path)
+    for path in others:  # copies: ONNX refuses to read weights from a file with several links
+        shutil.copyfile(first, path)
     return emitted
 
 
@@ -163,7 +159,7 @@ In each folder:
 
 - `model.onnx`: the network in float32. It looks unquantized on purpose: compilers for QNN read the integers from the
   encodings file, and every weight already is one of the values that its integers stand for.
-- `model.data`: the weights; the same file in both folders.
+- `model.data`: the weights; the same in both folders.
 - `model.encodings`: scale and offset of all {found.tensors} float tensors, AIMET layout {options.encodings_version}.
 
 AI Hub takes each folder as it is: put nothing else into it. `io_spec.json` states the integers at inputs and outputs,

@@ -67,7 +67,7 @@ class IntegerExecutor:
         Args:
             positions: length of the rotary tables; None for all that the model has.
         """
-        plan = plan_of(model, model.config.quantization_config)  # type: ignore[arg-type]
+        plan = plan_of(model, model.config.quantization_config)
         return cls(build_graph(model, plan), DecoderInputs(model, positions))
 
     def run(
@@ -137,6 +137,7 @@ class IntegerExecutor:
         """
         if self.inputs is None:
             raise ValueError("forward needs rotary tables and masks: make the executor with IntegerExecutor.of(model)")
+        _check_ids(input_ids, self.graph.facts["vocabulary"])
         length = past[0][0].shape[2] if past else 0
         step = self.inputs(input_ids, attention_mask, length)
         out = self.run(input_ids, cos=step.cos, sin=step.sin, visible=step.visible, past=past, trace=trace)

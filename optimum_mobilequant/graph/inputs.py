@@ -34,7 +34,7 @@ def rotary_tables(model: PreTrainedModel, positions: Tensor) -> tuple[Tensor, Te
     Returns:
         Two int16 tensors ``[batch, 1, sequence, rotary_dims / 2]``, values times 2**14.
     """
-    rotary: Any = model.get_submodule(plan_of(model, model.config.quantization_config).family.rotary)  # type: ignore[arg-type]
+    rotary: Any = model.get_submodule(plan_of(model, model.config.quantization_config).family.rotary)
     scale = rotary.output.scale
     probe = torch.zeros(1, dtype=torch.float32, device=scale.device)  # gives the dtype and the device
     tables = []

@@ -13,19 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..numerics.integer import (
-    Multiplier,
-    Operand,
-    centred,
-    integer_matmul,
-    look_up,
-    lookup_table,
-    requantize,
-    rescaled_sum,
-    rotate_pairs,
-    shared_multipliers,
-    to_grid,
-)
+from ..numerics.integer import Multiplier, Operand, centred, integer_matmul, requantize, to_grid
+from ..numerics.integer_elementwise import look_up, lookup_table, rescaled_sum, rotate_pairs, shared_multipliers
 from ..numerics.integer_rows import ExpTables, NormConstants, integer_softmax, normalise
 from .ir import Encoding, Graph, Op
 

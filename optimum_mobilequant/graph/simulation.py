@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +65,31 @@ def simulated_codes(
     if missing := [op.output for op in graph.ops if op.output not in codes]:
         raise RuntimeError(f"the model's forward pass did not reach these quantizers: {', '.join(missing)}")
     return codes
+
+
+@dataclass(frozen=True)
+class OperationDifference:
+    """Codes of one operation's output, how many of them differ from the wanted ones, and by how much at most."""
+
+    codes: int
+    different: int
+    largest: int
+
+
+def operation_differences(executor: IntegerExecutor, codes: Mapping[str, Tensor]) -> dict[str, OperationDifference]:
+    """Each operation on its own: fed with ``codes``, against the codes of its output there.
+
+    Args:
+        codes: what :func:`simulated_codes` returns.
+
+    Returns:
+        output name -> difference, in the order of the graph.
+    """
+    found = {}
+    for op in executor.graph.ops:
+        steps = (executor.run_op(op, codes).to(torch.int64) - codes[op.output].to(torch.int64)).abs()
+        found[op.output] = OperationDifference(steps.numel(), int((steps > 0).sum()), int(steps.max()))
+    return found
 
 
 def _codes(quantizer: Quantizer, values: Tensor, producer: Op) -> Tensor:

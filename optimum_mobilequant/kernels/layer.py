@@ -96,4 +96,5 @@ def prepare(
         input_zero_point,
     )
     choice = choose(spec, backend=backend)
-    return IntegerLinear(spec, choice, choice.backend.pack(spec, weights))
+    with torch.device(codes.device):  # whatever default device a loader has set
+        return IntegerLinear(spec, choice, choice.backend.pack(spec, weights))

@@ -44,12 +44,13 @@ def run(call: Call) -> Tensor:
     """Exact totals, then :func:`finish`."""
     zero = 0 if call.packed.weight_zero_point is None else call.packed.weight_zero_point
     x = call.x.reshape(-1, call.x.shape[-1]).contiguous()
-    total = integer_matmul(
-        Operand.of(x, call.packed.input_zero_point, Grid(call.activation_bits, signed=False)),
-        Operand.of(call.packed.weight, zero, Grid(call.weight_bits, signed=True)),
-        bias=call.packed.bias,
-    )
-    return finish(total, call.packed.multiplier, call.output)
+    with torch.device("cpu"):  # whatever default device is set
+        total = integer_matmul(
+            Operand.of(x, call.packed.input_zero_point, Grid(call.activation_bits, signed=False)),
+            Operand.of(call.packed.weight, zero, Grid(call.weight_bits, signed=True)),
+            bias=call.packed.bias,
+        )
+        return finish(total, call.packed.multiplier, call.output)
 
 
 def pack_multiplier(factor: Tensor, output: Output) -> Tensor:

@@ -1,28 +1,27 @@
-"""Integer arithmetic of the executor: requantization, exact products, sums, tables. No float enters or leaves.
+"""Integer arithmetic of the executor: requantization and exact matrix products. Nothing here computes in floats.
 
-A real factor ``M`` becomes ``M0 * 2**-shift`` with a 31-bit ``M0``; a result is the product rounded to nearest, ties to
-even, the tie rule of ONNX ``QuantizeLinear`` and of :func:`~.qparams.quantize`. (Form of the multiplier: Jacob et al.,
-"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 2.2;
-their rule for ties differs.) Multipliers and tables are prepared from float64 before anything runs.
+A real factor ``M`` becomes ``M0 * 2**-shift`` with a 31-bit ``M0``; a result is the product rounded to nearest, ties
+to even: the tie rule of ONNX ``QuantizeLinear`` and of :func:`~.qparams.quantize`. (Form of the multiplier: Jacob et
+al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section
+2.2; their rule for ties differs.) Multipliers are prepared from float64 before anything runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .qparams import Grid, dequantize, quantize
+from .qparams import Grid
 
 MANTISSA_BITS = 31
 # An accumulator of int64 dtype may reach this; the product with a mantissa is then formed in two parts.
 WIDEST_ACCUMULATOR = 2**43
 _LOW_BITS = 13
 # The largest multiplier. On grids of up to 16 bits any accumulator but 0 saturates from there on.
-_LARGEST = 2.0**17
+LARGEST_MULTIPLIER = 2.0**17
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Multiplier:
         real = torch.as_tensor(real, dtype=torch.float64)
         if not torch.isfinite(real).all():
             raise ValueError("a requantization multiplier is not finite; a scale is 0, infinite or NaN")
-        fraction, exponent = torch.frexp(real.clamp(-_LARGEST, _LARGEST))
+        fraction, exponent = torch.frexp(real.clamp(-LARGEST_MULTIPLIER, LARGEST_MULTIPLIER))
         shift = (MANTISSA_BITS - exponent).clamp(max=62)
         lost = (MANTISSA_BITS - exponent) - shift
         mantissa = torch.ldexp(fraction, MANTISSA_BITS - lost).round().to(torch.int64)
@@ -99,7 +98,7 @@ def centred(codes: Tensor, zero_point: int) -> Tensor:
     return codes.to(torch.int64) - zero_point
 
 
-# Matrix products ------------------------------------------------------------------------------------------------------
+# Matrix products ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,9 @@ def accumulator_dtype(bound: int) -> torch.dtype:
         ValueError: a bound that even the wide accumulator does not hold.
     """
     if bound >= WIDEST_ACCUMULATOR:
-        raise ValueError(f"an accumulator could reach {bound}, beyond 43 bits: the layer is too wide for 16-bit inputs")
+        raise ValueError(
+            f"an accumulator could reach {bound}, beyond 43 bits: the layer is too wide for 16-bit inputs"
+        )
     return torch.int32 if bound < 2**31 else torch.int64
 
 
@@ -189,11 +190,13 @@ def integer_matmul(a: Operand, b: Operand, *, bias: Tensor | None = None) -> Ten
 
 def byte_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact product of int8 ``[..., m, k]`` and ``[k, n]`` or ``[..., k, n]``: int32 up to k = 131071, else int64."""
-    if a.shape[-1] >= 2**17 or not _fast_product_is_exact():
-        wide = torch.int32 if a.shape[-1] < 2**17 else torch.int64
+    length = a.shape[-1]
+    # Length 1: the fast kernel misreads a transposed [n, 1] matrix, whose strides are those of a contiguous one.
+    if length == 1 or length >= 2**17 or not _fast_product_is_exact():
+        wide = torch.int32 if length < 2**17 else torch.int64
         return torch.matmul(a.to(wide), b.to(wide))
     if b.ndim == 2:
-        return torch._int_mm(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[-1])
+        return torch._int_mm(a.reshape(-1, length), b).view(*a.shape[:-1], b.shape[-1])
     flat_a, flat_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     products = [torch._int_mm(x, y) for x, y in zip(flat_a, flat_b, strict=True)]
     return torch.stack(products).view(*a.shape[:-1], b.shape[-1])
@@ -210,49 +213,3 @@ def _fast_product_is_exact() -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return torch.equal(found, torch.matmul(a.to(torch.int32), b.t().to(torch.int32)))
-
-
-# Elementwise ----------------------------------------------------------------------------------------------------------
-
-
-def shared_multipliers(first: float, second: float) -> tuple[int, int, int]:
-    """Two real factors as mantissas of up to 31 bits over one shift, for a sum that is rounded once."""
-    larger = Multiplier.of(max(first, second))
-    shift = int(larger.shift)
-    return round(min(first, _LARGEST) * 2**shift), round(min(second, _LARGEST) * 2**shift), shift
-
-
-def rescaled_sum(a: Tensor, b: Tensor, multipliers: tuple[int, int, int]) -> Tensor:
-    """``a * first + b * second`` rounded once; int64 of magnitude up to 2**17, as :func:`shared_multipliers` gave."""
-    first, second, shift = multipliers
-    return rounding_shift(a * first + b * second, shift)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dims: int) -> Tensor:
-    """Rotary embedding on Q1.14 tables: int64, values times 2**14.
-
-    Args:
-        x: int64 ``[..., head_dim]``, centred. cos, sin: int64 ``[..., dims / 2]``.
-        dims: the first ``dims`` rotate in pairs ``(i, i + dims / 2)``, the others pass.
-    """
-    half = dims // 2
-    low, high = x[..., :half], x[..., half:dims]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, x[..., dims:] << 14], dim=-1)
-
-
-def lookup_table(
-    function: Callable[[Tensor], Tensor], scale: Tensor, zero_point: int, grid: Grid, out: tuple[Tensor, int, Grid]
-) -> Tensor:
-    """Codes of ``function`` at every code of a grid: ``[2**bits]``, in the output grid's dtype.
-
-    Args:
-        function: float32 -> float32, elementwise. scale: float32, 0-dim. out: (scale, zero point, grid) of the result.
-    """
-    codes = torch.arange(grid.qmin, grid.qmax + 1, dtype=torch.int32)
-    values = function(dequantize(codes, scale, torch.tensor(zero_point, dtype=torch.int32)))
-    return quantize(values, out[0], torch.tensor(out[1], dtype=torch.int32), out[2])
-
-
-def look_up(codes: Tensor, table: Tensor, grid: Grid) -> Tensor:
-    """Entries of a :func:`lookup_table` at ``codes`` of ``grid``."""
-    return table[codes.to(torch.int64) - grid.qmin]

@@ -91,9 +91,10 @@ class NormConstants:
 def normalise(x: Tensor, constants: NormConstants) -> Tensor:
     """``gain * (x - mean) / sqrt(variance + eps) + bias`` in steps of the output, int64.
 
-    With ``c = n x - sum(x)`` and ``W = n sum(x^2) - sum(x)^2 + n^2 eps / scale^2`` (no sums for RMSNorm) the normalized
-    value is ``c / sqrt(W)``: the scale of the input cancels everywhere but in eps. ``W`` is brought to [2**60, 2**62),
-    its root and the root's reciprocal to 31 bits; the gain and the output's scale are one multiplier.
+    With ``c = n x - sum(x)`` and ``W = n sum(x^2) - sum(x)^2 + n^2 eps / scale^2`` (for RMSNorm without the two
+    ``sum(x)``) the normalized value is ``c / sqrt(W)``: the scale of the input cancels everywhere but in eps. ``W`` is
+    brought to [2**60, 2**62), its root and the root's reciprocal to 31 bits; the gain and the output's scale are one
+    multiplier.
 
     Args:
         x: int64 ``[..., n]``, codes less their zero point.

@@ -234,5 +234,5 @@ class _LogLines(TextIOBase):
 
     def write(self, text: str) -> int:
         if line := scrub(plain(text), self._secret):
-            logger.info(line)
+            logger.debug(line)  # what matters of it is logged by the caller
         return len(text)

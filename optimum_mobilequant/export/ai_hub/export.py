@@ -110,7 +110,22 @@ def _result(checkpoint: Path, out: Path, options: ExportOptions, run: HubRun) ->
         words += ["--encodings-version", options.encodings_version, "--out", str(out), "--wait"]
         summary["continue"] = shlex.join(words)
         logger.warning("the jobs run on AI Hub; to fetch their results: %s", summary["continue"])
+    elif checked := _checked(run):
+        summary["checked"] = checked
     return ExportResult.of("ai-hub", out, summary)
+
+
+def _checked(run: HubRun) -> str | None:
+    """One sentence on the comparison with the executor, if it was made for every graph."""
+    judged = {name: about.get("against_executor", {}) for name, about in run.summary.get("graphs", {}).items()}
+    if not judged or not all(verdict.get("compared") for verdict in judged.values()):
+        return None
+    parts = []
+    for name, verdict in judged.items():
+        noise = verdict["sqnr_db"]
+        agreement = "equal" if noise is None else f"{noise:.1f} dB"
+        parts.append(f"{name} {agreement}, {verdict['same_choice']:.0%} of tokens with the same likeliest next one")
+    return f"logits on {run.summary['device']['name']} against the integer executor: {'; '.join(parts)}"
 
 
 def _digest(checkpoint: Path) -> str:

@@ -106,8 +106,9 @@ def fetch_outputs(hub: Hub, job: qai_hub.InferenceJob, graph: GraphFolder, out: 
         for name in sorted({*wanted, *found})
         if found.get(name) != wanted.get(name)
     ]
-    for line in differences:
-        logger.warning("output of %s on the device: %s", graph.name, line)
+    if differences:
+        logger.warning("%d outputs of %s on the device differ in form, e.g. %s", len(differences), graph.name,
+                       differences[0])  # fmt: skip
     return path, differences
 
 

@@ -68,6 +68,7 @@ class Sender:
                 inputs={key: [array] for key, array in feeds.items()},
                 name=name,
                 options=options,
+                retry=False,  # it would wait for minutes and say so on stdout only
                 profile=True,
             )
 

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper
-from torch import Tensor
 
 from ...graph import Encoding, Graph, Op
 from ...graph.ir import Dim
-from ...numerics import dequantize
 from .form import Form, Layout, border_inputs, border_outputs
-from .store import Array, WeightStore
-from .types import CODE_TYPES, Record, code_array, mask_encoding, unsigned
+from .initializers import Initializers
+from .store import WeightStore
+from .types import CODE_TYPES, Record, mask_encoding, unsigned
 
 # RMSNormalization is one operator from 23 on; decomposed, its inner tensors break 8- and 16-bit hardware.
 OPSET = 23
@@ -64,9 +62,9 @@ class Emitter:
     """State of one emission. The functions of :mod:`.kinds` call the public methods."""
 
     def __init__(self, graph: Graph, layout: Layout, form: Form, store: WeightStore):
-        self.graph, self.layout, self.form, self.store = graph, layout, form, store
+        self.graph, self.layout, self.form = graph, layout, form
+        self.held = Initializers(graph, store)
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: dict[str, onnx.ValueInfoProto] = {}
         self.records: dict[str, Record] = {}
@@ -87,7 +85,7 @@ class Emitter:
         self._drop_unread()
         outputs = [self.outputs[border] for border in self.border.values()]
         model = helper.make_model(
-            helper.make_graph(self.nodes, name, self.inputs, outputs, list(self.initializers.values())),
+            helper.make_graph(self.nodes, name, self.inputs, outputs, list(self.held.protos.values())),
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="optimum-mobilequant",
@@ -169,7 +167,7 @@ class Emitter:
             computed = f"{name}.float"
             self._add(kind, inputs, computed, **attributes)
         codes, value = self._names(name, at_border)
-        self._add("QuantizeLinear", [computed, *self._parameters(name, encoding)], codes)
+        self._add("QuantizeLinear", [computed, *self.held.parameters(name, encoding)], codes)
         if at_border:
             code_type = self._code_type(encoding) if self.form.integer_io else TensorProto.FLOAT
             self.outputs[name] = helper.make_tensor_value_info(name, code_type, shape)
@@ -189,7 +187,7 @@ class Emitter:
         numbers = [d if isinstance(d, int) else 0 if old[i : i + 1] == (d,) else -1 for i, d in enumerate(shape)]
         if numbers.count(-1) > 1:
             raise RuntimeError(f"the shape {shape} of {op.output} has more than one dimension to compute")
-        target = self.initializer(f"{op.output if part is None else f'{op.name}.{part}'}.shape", np.array(numbers))
+        target = self.held.small(f"{op.output if part is None else f'{op.name}.{part}'}.shape", np.array(numbers))
         if part is None:
             return self.result(op, "Reshape", [x, target])
         return self.inner(op, part, "Reshape", [x, target], like, shape)
@@ -212,50 +210,11 @@ class Emitter:
         shape = self.graph.values[name].shape
         self.shapes[emitted] = shape[::-1] if transposed else shape
         if stated is not None and self.form.qdq:
-            codes = self.codes(name, transposed=transposed, steps=steps)
+            codes = self.held.codes(name, transposed=transposed, steps=steps)
             return self._dequantize(emitted, codes, emitted, stated, self.shapes[emitted], axis=axis)
-
-        def values() -> tuple[int, Array]:
-            codes = self.graph.constants[name]()
-            if stored is not None:
-                codes = dequantize(codes, *stored.broadcast(codes.ndim))
-            return TensorProto.FLOAT, (codes.float().T if transposed else codes.float()).numpy()
-
-        return self._stored(name, values)
-
-    def codes(self, name: str, *, transposed: bool = False, steps: int = 1) -> str:
-        """Integer tensor of a constant of the integer graph, which must have an encoding.
-
-        Raises:
-            ValueError: a bias too large for finer steps.
-        """
-        stored = self.graph.values[name].encoding
-        assert stored is not None
-
-        def values() -> tuple[int, Array]:
-            codes = self.graph.constants[name]()
-            if steps != 1:
-                codes = codes.to(torch.int64) * steps
-                if int(codes.abs().max()) > stored.grid.qmax:
-                    raise ValueError(
-                        f"{name} does not fit in 32 bits beside a 16-bit output: give input and output of its linear "
-                        "equal bits (overrides)"
-                    )
-            return code_array(codes.T if transposed else codes, stored)
-
-        return self._stored(f"{name}.codes" if steps == 1 else f"{name}.wide.codes", values)
-
-    def initializer(self, name: str, values: Array) -> str:
-        """A small constant of this graph alone, such as a shape."""
-        self.initializers[name] = onnx.numpy_helper.from_array(values, name)
-        return name
+        return self.held.floats(name, transposed=transposed)
 
     # Inside.
-
-    def _stored(self, name: str, make: Any) -> str:
-        if name not in self.initializers:
-            self.initializers[name] = self.store.tensor(name, make)
-        return name
 
     def _input(self, value: str, name: str) -> None:
         shape, encoding = self.shape(value), self.encoding(value)
@@ -276,7 +235,7 @@ class Emitter:
             if self.form.integer_io:
                 code_type = self._code_type(encoding)
             else:
-                self._add("QuantizeLinear", [name, *self._parameters(name, encoding)], codes)
+                self._add("QuantizeLinear", [name, *self.held.parameters(name, encoding)], codes)
             self.read[value] = self._dequantize(name, codes, read, encoding, shape)
         self.inputs.append(helper.make_tensor_value_info(name, code_type, shape))
 
@@ -287,22 +246,13 @@ class Emitter:
     def _code_type(self, encoding: Encoding) -> int:
         return CODE_TYPES[encoding.grid.bits, encoding.grid.signed][0]
 
-    def _parameters(self, name: str, encoding: Encoding) -> list[str]:
-        """Names of the scale and of the zero point, which decides the type of the codes; int32 goes without one."""
-        kind, dtype = CODE_TYPES[encoding.grid.bits, encoding.grid.signed]
-        made = [self._stored(f"{name}.scale", lambda: (TensorProto.FLOAT, _blocks_first(encoding.scale)))]
-        if encoding.grid.bits < 32:
-            zero_point = _blocks_first(encoding.zero_point).astype(dtype)
-            made.append(self._stored(f"{name}.zero_point", lambda: (kind, zero_point)))
-        return made
-
     def _dequantize(
         self, name: str, codes: str, value: str, encoding: Encoding, shape: tuple[Dim, ...], axis: int | None = None
     ) -> str:
         attributes = {} if axis is None else {"axis": axis}
         if encoding.block_size:
             attributes["block_size"] = encoding.block_size
-        self._add("DequantizeLinear", [codes, *self._parameters(name, encoding)], value, **attributes)
+        self._add("DequantizeLinear", [codes, *self.held.parameters(name, encoding)], value, **attributes)
         self.shapes[value] = shape
         return value
 
@@ -316,9 +266,3 @@ class Emitter:
         """Integer outputs that no node reads need no dequantized copy."""
         read = {name for node in self.nodes for name in node.input} | set(self.outputs)
         self.nodes = [n for n in self.nodes if n.op_type != "DequantizeLinear" or n.output[0] in read]
-
-
-def _blocks_first(parameter: Tensor) -> Array:
-    """Block scales [out, blocks] turned as the weights of a matrix product are, (in, out); others as they are."""
-    turned: Array = (parameter.T if parameter.ndim == 2 else parameter).numpy()
-    return turned

@@ -78,4 +78,5 @@ def _wide(call: Call) -> Tensor:
     total = high * 256 + low + packed.bias
     if packed.weight_zero_point is not None:
         total -= x.sum(-1, keepdim=True, dtype=torch.int64) * packed.weight_zero_point
-    return finish(total, packed.multiplier, call.output)
+    with torch.device("cpu"):
+        return finish(total, packed.multiplier, call.output)

@@ -7,8 +7,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/mman.h>
 #endif
 
 namespace {
@@ -25,20 +26,31 @@ struct Entry {
 
 bool always() { return true; }
 #if defined(__x86_64__)
-[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2"); }
-// Leaf 7, subleaf 1: not every supported compiler knows a name for it.
-[[maybe_unused]] bool has_avxvnni() {
-  unsigned a = 0, b, c, d;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "=c"(c), "=d"(d));
-  if (a < 7 || !has_avx2()) return false;
-  a = 7, c = 1;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (a >> 4) & 1;
+// By hand: the compilers' own test (__builtin_cpu_supports) does not know AVX-VNNI everywhere and may not link into a
+// shared library.
+struct Registers {
+  unsigned a, b, c, d;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r{leaf, 0, subleaf, 0};
+  __asm__("cpuid" : "+a"(r.a), "=b"(r.b), "+c"(r.c), "=d"(r.d));
+  return r;
 }
+
+// Whether the system saves the registers of these bits of XCR0 (2: 128 bits, 4: 256 bits, 0xE0: 512 bits).
+bool saved(unsigned mask) {
+  if (cpuid(0, 0).a < 7 || !((cpuid(1, 0).c >> 27) & 1)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & mask) == mask;
+}
+
+[[maybe_unused]] bool has_avx2() { return saved(0x6) && ((cpuid(7, 0).b >> 5) & 1); }
+[[maybe_unused]] bool has_avxvnni() { return has_avx2() && cpuid(7, 0).a >= 1 && ((cpuid(7, 1).a >> 4) & 1); }
 [[maybe_unused]] bool has_avx512vnni() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+  const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  return saved(0xE6) && (cpuid(7, 0).b & f_dq_bw_vl) == f_dq_bw_vl && ((cpuid(7, 0).c >> 11) & 1);
 }
 #elif defined(__aarch64__)
 [[maybe_unused]] bool has_dotprod() {
@@ -113,7 +125,14 @@ MQ_EXPORT int64_t mq_packed_bytes(int64_t n, int64_t k, int bits) {
 
 // codes: int8 [n, k], row-major. packed: mq_packed_bytes, overwritten.
 MQ_EXPORT void mq_pack(const int8_t* codes, int64_t n, int64_t k, int bits, uint8_t* packed) {
-  memset(packed, 0, mq_packed_bytes(n, k, bits));
+  const int64_t bytes = mq_packed_bytes(n, k, bits);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(packed) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(packed) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is no fault
+#endif
+  memset(packed, 0, bytes);
   Linear a{};
   a.n = n, a.k = k, a.bits = bits;
   const int64_t panels = (n + kPanel - 1) / kPanel, group_count = mq::groups(a);

@@ -128,7 +128,7 @@ def test_a_token_withdrawn_later(service, hub, monkeypatch):
 
 def test_what_the_client_prints_is_logged_without_the_token(hub, caplog, capsys):
     name = "transformers.optimum_mobilequant.export.ai_hub.access"
-    with caplog.at_level(logging.INFO, logger=name), hub.calling("printing"):
+    with caplog.at_level(logging.DEBUG, logger=name), hub.calling("printing"):
         print(f"Scheduled a job with {TOKEN}\n")
     assert caplog.messages == ["Scheduled a job with [token]"]
     assert capsys.readouterr().out == ""

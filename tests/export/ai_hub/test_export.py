@@ -107,6 +107,9 @@ def test_a_checkpoint_goes_all_the_way(export, phone_computes, tmp_path):
     for graph in GRAPHS:
         judged = result.summary["graphs"][graph]["against_executor"]
         assert judged == {"compared": True, "sqnr_db": None, "same_choice": 1.0, "largest_difference": 0.0}
+    assert result.summary["checked"].startswith(
+        f"logits on {PHONE} against the integer executor: prompt_ar4_cl8 equal,"
+    )
     json.dumps(result.summary)
 
 
@@ -124,6 +127,7 @@ def test_outputs_that_cannot_be_compared_are_not(export):
     result = export()  # the service's own device has 8 tokens in its vocabulary
     about = result.summary["graphs"]["prompt_ar4_cl8"]
     assert about["against_executor"] == {"compared": False} and about["output_differences"]
+    assert "checked" not in result.summary
 
 
 def test_samples_are_the_models_own(export, executor, tmp_path):
@@ -162,8 +166,17 @@ def test_through_the_common_entry(checkpoint, tmp_path, service, configure, stan
     assert call(wait=True).summary["finished"]
     assert (tmp_path / "result" / "export.json").is_file()
     assert service.counts["POST jobs"] == 5
+    service.fail["link_job"] = "no"
+    with pytest.raises(RuntimeError, match="link job failed: no"):
+        call(wait=True, overwrite=True)
+    service.fail.clear()
+    with pytest.raises(RuntimeError, match=r"link job failed: no.*start anew \(overwrite\)"):
+        call(wait=True)
+    with pytest.raises(ValueError, match="no device"):  # and what is there stays
+        call(wait=True, overwrite=True, device="Nokia")
+    assert (tmp_path / "result" / "ai_hub_jobs.json").is_file()
     assert call(wait=True, overwrite=True).summary["finished"]
-    assert service.counts["POST jobs"] == 10
+    assert service.counts["POST jobs"] == 15
 
 
 def test_nothing_is_exported_without_account_or_device(export, service, stand_in, monkeypatch, tmp_path):

@@ -71,6 +71,15 @@ def test_a_job_whose_answer_was_lost_is_found_by_its_name(call, service, monkeyp
     assert {k: service.counts[k] for k in KINDS} == KINDS
 
 
+def test_too_many_jobs_at_once(call, service, short_retries):
+    service.status["jobs"] = 429
+    with pytest.raises(ConnectionError, match="Too Many Requests.*the same call continues"):
+        call()
+    service.status.clear()
+    assert call().finished
+    assert {kind: service.counts[kind] for kind in KINDS} == KINDS
+
+
 def test_a_lost_job_is_found_behind_many_newer_ones(call, service, monkeypatch, short_retries):
     import qai_hub.public_api_pb2 as pb
 

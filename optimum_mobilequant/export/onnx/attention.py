@@ -1,0 +1,117 @@
+"""Emitters of attention: heads, rotation, cache, scores, mask, context."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...graph import Op
+from ...graph.ir import SEQUENCE, TOTAL, Dim
+from .emit import Emitter
+from .types import of_product
+
+
+def split_heads(e: Emitter, op: Op) -> None:
+    source = op.inputs[0]
+    batch, heads, sequence, size = e.shape(op.output)
+    split = e.reshape(op, "split", e.read[source], (batch, sequence, heads, size), source)
+    e.result(op, "Transpose", [split], perm=[0, 2, 1, 3])
+
+
+def merge_heads(e: Emitter, op: Op) -> None:
+    source = op.inputs[0]
+    batch, heads, sequence, size = e.shape(source)
+    turned = e.inner(
+        op, "transposed", "Transpose", [e.read[source]], source, (batch, sequence, heads, size), perm=[0, 2, 1, 3]
+    )
+    e.reshape(op, None, turned, e.shape(op.output), source)
+
+
+def rope(e: Emitter, op: Op) -> None:
+    """Pairs (i, i + r/2) turn by one angle: two products for each half, one difference, one sum."""
+    source, cos, sin = op.inputs
+    x, r = e.read[source], int(op.attributes["rotary_dims"])
+    batch, heads, sequence, size = e.shape(op.output)
+    assert isinstance(size, int)
+
+    def part(name: str, start: int, end: int) -> str:
+        bounds = [
+            e.held.small(f"{op.name}.{name}.{key}", np.array([number]))
+            for key, number in (("start", start), ("end", end), ("axis", 3))
+        ]
+        return e.inner(op, name, "Slice", [x, *bounds], source, (batch, heads, sequence, end - start))
+
+    halves = {"first": part("first", 0, r // 2), "second": part("second", r // 2, r)}
+    half, rotated = (batch, heads, sequence, r // 2), []
+    for name, kind, terms in (
+        ("rotated_first", "Sub", (("first", cos, "cos"), ("second", sin, "sin"))),
+        ("rotated_second", "Add", (("second", cos, "cos"), ("first", sin, "sin"))),
+    ):
+        bound = of_product(e.encoding(source), e.encoding(cos))
+        products = [
+            e.inner(op, f"{term}_{short}", "Mul", [halves[term], e.read[table]], bound, half)
+            for term, table, short in terms
+        ]
+        rotated.append(e.inner(op, name, kind, products, op.output, half))
+    if r < size:
+        rotated.append(part("passed", r, size))
+    e.result(op, "Concat", rotated, axis=3)
+
+
+def concat(e: Emitter, op: Op) -> None:
+    """Cached and new tokens. The new slice alone leaves the graph: the caller writes it into its static buffer."""
+    past, new = op.inputs
+    is_key = past.startswith("past_key")
+    if e.layout.dynamic:
+        kind, more, axis = "Identity", {}, 2
+    else:
+        kind, more, axis = "Transpose", {"perm": [1, 0, 3, 2] if is_key else [1, 0, 2, 3]}, 3 if is_key else 2
+    shapes = [e.layout.cache(e.graph, is_key, length) for length in (SEQUENCE, TOTAL)]
+    fresh = e.node(kind, [e.read[new]], e.border[new], shapes[0], e.encoding(new), "move", new, **more)
+    parts = [e.read[past], fresh]
+    e.read[op.output] = e.node("Concat", parts, op.output, shapes[1], e.encoding(new), "move", new, axis=axis)
+
+
+def scores(e: Emitter, op: Op) -> None:
+    query, keys = op.inputs
+    rows, held = _rows(e, op, query), e.read[keys]
+    if e.layout.dynamic:
+        batch, count, total, size = e.layout.cache(e.graph, True, TOTAL)
+        shape = (batch, count, size, total)
+        held = e.inner(op, "keys", "Transpose", [held], keys, shape, perm=[0, 1, 3, 2])
+    _product(e, op, rows, held)
+
+
+def context(e: Emitter, op: Op) -> None:
+    probabilities, values = op.inputs
+    _product(e, op, _rows(e, op, probabilities), e.read[values])
+
+
+def _rows(e: Emitter, op: Op, source: str) -> str:
+    """[B,H,S,n] as rows of one product for each KV head: the query heads of a group lie one after the other."""
+    return e.reshape(op, "rows", e.read[source], _grouped(e, op, e.shape(source)), source)
+
+
+def _product(e: Emitter, op: Op, rows: str, other: str) -> None:
+    shape = e.shape(op.output)
+    product = e.inner(op, "product", "MatMul", [rows, other], op.output, _grouped(e, op, shape))
+    e.reshape(op, None, product, shape, op.output)
+
+
+def _grouped(e: Emitter, op: Op, shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    batch, _, sequence, last = shape
+    count, groups = e.graph.facts["kv_heads"], int(op.attributes["groups"])
+    rows = groups * sequence if isinstance(sequence, int) else f"{groups}*{sequence}"
+    return (batch, count, rows, last) if e.layout.dynamic else (count, 1, rows, last)
+
+
+def mask(e: Emitter, op: Op) -> None:
+    scores, hidden = e.inputs_of(op)
+    before, after = e.encoding(op.inputs[0]), e.encoding(op.output)
+    if e.form.converts and before is not None and after is not None and not before.same_as(after):
+        # 8 + 16 bits is off by several 16-bit codes, each a whole step of the scores here; 16 + 16 is exact.
+        scores = e.converted(scores, f"{op.name}.wide", after, op.inputs[0])
+    e.result(op, "Add", [scores, hidden])
+
+
+def softmax(e: Emitter, op: Op) -> None:
+    e.result(op, "Softmax", e.inputs_of(op), axis=-1)
