@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..graph import Graph
 from ..log import get_logger
 from ..resources import peak_memory
 from .folder import write_json
@@ -27,7 +25,7 @@ from .genie_config import (
 )
 from .genie_readme import readme
 from .genie_runner import CONFIG, EXTENSIONS
-from .htp import ContextBinary, build_contexts, check_reload, require_emulator, write_htp_graphs
+from .htp import ContextBinary, build_contexts, check_reload, open_for_htp, require_emulator, write_htp_graphs
 from .options import ExportOptions, ExportResult
 from .targets import Soc, soc_of
 
@@ -60,57 +58,69 @@ def export_genie(checkpoint: Path, out: Path, options: ExportOptions) -> ExportR
     """
     chip, started = soc_of(options.soc), time.monotonic()
     require_emulator()
+    source = open_for_htp(checkpoint)
+    vocabulary, rope = read_vocabulary(checkpoint, source.model), rope_settings(source.model, source.graph.facts)
+    facts = source.graph.facts
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=out) as folder:
-        graphs = Path(folder)
-        source = write_htp_graphs(checkpoint, graphs, options)
-        refuse_floats(source.graph)
-        vocabulary, rope = read_vocabulary(checkpoint, source.model), rope_settings(source.model, source.graph)
-        about = json.loads((graphs / "graphs.json").read_text(encoding="utf-8"))["graphs"]
-        compiled = graphs / "compiled"
-        compiled.mkdir()
-        models = {name: graphs / about[name]["file"] for name in ("prompt", "token")}
-        logger.info(f"compiling {len(models)} graphs for {chip.name} (Hexagon {chip.dsp_arch})")
-        built = build_contexts(models, compiled, chip.name)
-        for name, binary in built.items():
-            check_reload(binary, chip.name, about[name])
-        sdk = sdk_version(built["prompt"])
-        binaries = {PROMPT_BINARY: built["prompt"].binary, TOKEN_BINARY: built["token"].binary}
-        if chip.htp_arch >= _SHARES_FROM_ARCH:
-            shared = graphs / "shared"
-            shared.mkdir()
-            binaries[SHARED_BINARY] = build_contexts(models, shared, chip.name, shared=True)["prompt"].binary
-        for name, path in binaries.items():
-            path.rename(out / name)
+        graphs = write_htp_graphs(source, Path(folder), options)
+        del source  # the compiler needs the memory
+        binaries, sdk = compile_graphs(Path(folder), graphs, out, chip)
     for name in _TOKENIZER_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)
-    facts = {"context": options.context, "sampling": sampler(checkpoint)}
     configs = {CONFIG: (EXTENSIONS, [PROMPT_BINARY, TOKEN_BINARY])}
     if SHARED_BINARY in binaries:
         configs[SHARED_CONFIG] = (SHARED_EXTENSIONS, [SHARED_BINARY])
     for name, (extensions, files) in configs.items():
-        config = genie_config(source.graph, vocabulary, rope, binaries=files, extensions=extensions, **facts)
+        config = genie_config(
+            facts,
+            vocabulary,
+            rope,
+            context=options.context,
+            binaries=files,
+            extensions=extensions,
+            sampling=sampler(checkpoint),
+        )
         write_json(out / name, config)
         write_json(out / extensions, backend_extensions(chip, shared=name == SHARED_CONFIG))
-    described = {
+    sizes = {name: (out / name).stat().st_size for name in binaries}
+    write_json(out / METADATA, metadata(checkpoint, out, facts, vocabulary, chip, options, sdk, binaries))
+    text = readme(chip, options, sdk, sizes, vocabulary, checkpoint.name)
+    (out / README).write_text(text, encoding="utf-8")
+    summary = {
+        "soc": chip.name,
+        "qairt": sdk,
+        "binaries": sizes,
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory(),
-        "binaries": {name: (out / name).stat().st_size for name in binaries},
     }
-    write_json(out / METADATA, metadata(checkpoint, out, source.graph, vocabulary, chip, options, sdk, list(binaries)))
-    text = readme(chip, options, sdk, described["binaries"], vocabulary, checkpoint.name)
-    (out / README).write_text(text, encoding="utf-8")
-    return ExportResult.of("genie", out, {"soc": chip.name, "qairt": sdk, **described})
+    return ExportResult.of("genie", out, summary)
 
 
-def refuse_floats(graph: Graph) -> None:
-    """Raise ValueError for a graph whose activations have no static integers, as of a weight-only model."""
-    free = [name for name, value in graph.values.items() if value.encoding is None]
-    if left := [name for name in free if name not in ("input_ids", "attention_mask")]:
-        raise ValueError(
-            f"{len(left)} tensors have no static encoding, e.g. {left[0]}: Genie's graphs are integers throughout; "
-            'quantize the float model with a preset such as "w4a8" or "w8a8"'
-        )
+def compile_graphs(
+    folder: Path, graphs: Mapping[str, Mapping[str, Any]], out: Path, chip: Soc
+) -> tuple[list[str], str]:
+    """Compile the prompt and the token graph in ``folder`` into the binaries of a bundle in ``out``.
+
+    Args:
+        graphs: of :func:`~.htp.write_htp_graphs`.
+
+    Returns:
+        file names, and the version of Qualcomm's SDK that compiled them.
+    """
+    models = {name: folder / graphs[name]["file"] for name in ("prompt", "token")}
+    logger.info(f"compiling {len(models)} graphs for {chip.name} (Hexagon {chip.dsp_arch})")
+    (single := folder / "single").mkdir()
+    built = build_contexts(models, single, chip.name)
+    for name, binary in built.items():
+        check_reload(binary, chip.name, graphs[name])
+    binaries = {PROMPT_BINARY: built["prompt"].binary, TOKEN_BINARY: built["token"].binary}
+    if chip.htp_arch >= _SHARES_FROM_ARCH:
+        (shared := folder / "shared").mkdir()
+        binaries[SHARED_BINARY] = build_contexts(models, shared, chip.name, shared=True)["prompt"].binary
+    for name, path in binaries.items():
+        path.rename(out / name)
+    return list(binaries), sdk_version(built["prompt"])
 
 
 def sdk_version(built: ContextBinary) -> str:
@@ -125,7 +135,7 @@ def sdk_version(built: ContextBinary) -> str:
 def metadata(
     checkpoint: Path,
     out: Path,
-    graph: Graph,
+    facts: Mapping[str, int],
     vocabulary: Vocabulary,
     chip: Soc,
     options: ExportOptions,
@@ -143,14 +153,16 @@ def metadata(
         "soc": {"name": chip.name, "soc_model": chip.soc_model, "dsp_arch": chip.dsp_arch},
         "context": options.context,
         "prompt_length": options.prompt_length,
-        "facts": graph.facts,
+        "facts": dict(facts),
         "tokens": {"bos": vocabulary.bos, "eos": list(vocabulary.eos), "pad": vocabulary.pad},
         "binaries": {name: _binary(out / name) for name in binaries},
     }
 
 
 def _binary(path: Path) -> Mapping[str, Any]:
-    checked = "compiled; only a phone can load it" if path.name == SHARED_BINARY else "compiled; loaded in the emulator"
+    checked = (
+        "compiled; only a phone can load it" if path.name == SHARED_BINARY else "compiled; loaded in the emulator"
+    )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest, "checked": checked}

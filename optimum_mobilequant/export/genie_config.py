@@ -17,7 +17,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..graph import Graph
 from .targets import Soc
 
 # Cores that a dialog may use on phones (Qualcomm's own setting), and threads for what the NPU does not do.
@@ -61,20 +60,21 @@ def read_vocabulary(checkpoint: Path, model: PreTrainedModel) -> Vocabulary:
         bos = int(added[0])
     else:
         raise ValueError(
-            f"the tokenizer makes {added} of 'a' and {plain} without special tokens; Genie puts at most one token before "
-            "a prompt and none after it: save a tokenizer that adds no other"
+            f"the tokenizer makes {added} of 'a' and {plain} without special tokens; Genie puts at most one token "
+            "before a prompt and none after it: save a tokenizer that adds no other"
         )
     generation: Any = getattr(model, "generation_config", None)
     given = getattr(generation, "eos_token_id", None)
     given = getattr(model.config, "eos_token_id", None) if given is None else given
     eos = () if given is None else tuple(int(t) for t in (given if isinstance(given, Sequence) else [given]))
-    pad = getattr(model.config, "pad_token_id", None)
-    pad = int(pad) if pad is not None and pad >= 0 else (*eos, bos, 0)[0]
+    stated = getattr(model.config, "pad_token_id", None)
+    # A pad token of -1 is how some configurations say that there is none.
+    usable = [t for t in (stated, *eos, bos, 0) if t is not None and t >= 0]
     size = int(model.config.get_text_config().vocab_size)
-    for token in (*eos, *(() if bos is None else (bos,)), pad or 0):
+    for token in (*eos, *(() if bos is None else (bos,)), usable[0]):
         if not 0 <= token < size:
             raise ValueError(f"special token {token} lies outside the model's vocabulary of {size}")
-    return Vocabulary(bos, eos, pad or 0)
+    return Vocabulary(bos, eos, usable[0])
 
 
 def _default(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,18 +121,20 @@ ROPE_KINDS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
-def rope_settings(model: PreTrainedModel, graph: Graph) -> tuple[dict[str, Any], dict[str, Any]]:
+def rope_settings(model: PreTrainedModel, facts: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys for the backend's QnnHtp block, and for the model's ``positional-encoding`` block; one of them is empty.
 
     Raises:
         ValueError: a kind of rotary embedding that Genie does not compute, or a base that is no 31-bit integer.
     """
     rope: Mapping[str, Any] = model.config.get_text_config().rope_parameters
-    kind, theta, half = rope.get("rope_type", "default"), float(rope["rope_theta"]), graph.facts["rotary_dims"] // 2
+    kind, theta, half = rope.get("rope_type", "default"), float(rope["rope_theta"]), facts["rotary_dims"] // 2
     if kind not in ROPE_KINDS:
         raise ValueError(f'Genie computes no rotary embedding of type "{kind}"; known: {", ".join(ROPE_KINDS)}')
     if theta != int(theta) or not 1 <= theta <= _LARGEST_THETA:
-        raise ValueError(f"rope_theta {theta} is no whole number up to {_LARGEST_THETA}, which is all that Genie reads")
+        raise ValueError(
+            f"rope_theta {theta} is no whole number up to {_LARGEST_THETA}, which is all that Genie reads"
+        )
     scaling = ROPE_KINDS[kind](rope)
     if not scaling:
         return {"pos-id-dim": half, "rope-theta": int(theta)}, {}
@@ -142,7 +144,7 @@ def rope_settings(model: PreTrainedModel, graph: Graph) -> tuple[dict[str, Any],
 
 
 def genie_config(
-    graph: Graph,
+    facts: Mapping[str, int],
     vocabulary: Vocabulary,
     rope: tuple[dict[str, Any], dict[str, Any]],
     *,
@@ -154,6 +156,7 @@ def genie_config(
     """``genie_config.json`` for a phone.
 
     Args:
+        facts: of the integer graph.
         rope: of :func:`rope_settings`.
         binaries: context binaries; extensions: backend extensions. File names, relative to the working directory.
         sampling: of :func:`sampler`.
@@ -166,7 +169,7 @@ def genie_config(
         "mmap-budget": 0,
         "poll": True,
         "cpu-mask": _CPU_MASK,
-        "kv-dim": graph.facts["head_dim"],
+        "kv-dim": facts["head_dim"],
         "allow-async-init": False,
         **backend,
     }
@@ -178,7 +181,7 @@ def genie_config(
             "context": {
                 "version": 1,
                 "size": context,
-                "n-vocab": graph.facts["vocabulary"],
+                "n-vocab": facts["vocabulary"],
                 "bos-token": -1 if vocabulary.bos is None else vocabulary.bos,
                 "eos-token": eos[0] if isinstance(eos, list) and len(eos) == 1 else eos,
                 "pad-token": vocabulary.pad,

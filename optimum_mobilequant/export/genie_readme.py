@@ -16,7 +16,7 @@ Context: {context} tokens; prompts are read {chunk} at a time.
 | file | what it is |
 |---|---|
 | `genie_config.json`, `htp_backend_ext_config.json` | configuration; names `prompt.bin` and `token.bin` |
-| `prompt.bin`, `token.bin` | one graph each ({prompt} and {token} MB). Both were loaded in the HTP emulator after compiling |
+| `prompt.bin`, `token.bin` | one graph each ({prompt} and {token} MB). Both were loaded in the HTP emulator |
 {shared}| `tokenizer.json` | the model's own |
 | `metadata.json` | where all this comes from, and digests |
 
@@ -44,8 +44,8 @@ adb push $QAIRT/lib/hexagon-{arch}/unsigned/libQnnHtp{stub}Skel.so /data/local/t
 adb push $QAIRT/bin/aarch64-android/genie-t2t-run /data/local/tmp/genie/
 adb push . /data/local/tmp/genie/bundle
 adb shell chmod +x /data/local/tmp/genie/genie-t2t-run
-adb shell 'cd /data/local/tmp/genie/bundle && LD_LIBRARY_PATH=/data/local/tmp/genie ADSP_LIBRARY_PATH=/data/local/tmp/genie \\
-  ../genie-t2t-run -c genie_config.json -p "Once upon a time"'
+adb shell 'cd /data/local/tmp/genie/bundle && export LD_LIBRARY_PATH=/data/local/tmp/genie && \\
+  ADSP_LIBRARY_PATH=$LD_LIBRARY_PATH ../genie-t2t-run -c genie_config.json -p "Once upon a time"'
 ```
 {less}"""
 _SHARED_ROWS = (

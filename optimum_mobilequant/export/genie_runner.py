@@ -1,11 +1,11 @@
 """Generate text from a Genie bundle on this computer: libGenie over the HTP emulator, in a process of its own.
 
-The library must not share a process with ONNX Runtime's QNN provider (both load the HTP library, and the process dies),
-and it writes to file descriptor 1, so :func:`generate` starts this module as a program and reads its JSON::
+The library must not share a process with ONNX Runtime's QNN provider (both load the HTP library, and the process
+dies), and it writes to file descriptor 1, so :func:`generate` starts this module as a program and reads its JSON::
 
     python -m optimum_mobilequant.export.genie_runner BUNDLE --prompt "Once" --tokens 32
 
-libGenie comes with the package onnxruntime-qnn (Linux x86-64). Source of its calls: the C API that Genie 1.x documents.
+libGenie comes with the package onnxruntime-qnn (Linux x86-64). Source of its calls: the C API that Genie documents.
 """
 
 from __future__ import annotations
@@ -71,12 +71,18 @@ def generate(
 
     Raises:
         FileNotFoundError: no bundle there.
+        ValueError: an empty prompt, a token id outside the vocabulary, or no token asked for.
         ImportError: onnxruntime-qnn is missing (names the pip command).
         RuntimeError: Genie refused the bundle or died; carries what it printed.
         TimeoutError: not done in time.
     """
     if not (bundle / CONFIG).is_file():
         raise FileNotFoundError(f"no {CONFIG} in {bundle}: give a folder that export to genie wrote")
+    if tokens < 1 or not len(prompt):
+        raise ValueError("give a prompt, and ask for at least one token")
+    context = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))["dialog"]["context"]
+    if not isinstance(prompt, str) and not all(0 <= token < context["n-vocab"] for token in prompt):
+        raise ValueError(f"token ids must lie in 0 to {context['n-vocab'] - 1}")
     _library()
     with tempfile.TemporaryDirectory(prefix="mobilequant-") as folder:
         request = Path(folder) / "request.json"
@@ -116,7 +122,7 @@ def _library() -> Path:
     """
     found = find_spec("onnxruntime_qnn")
     if found is None or found.origin is None:
-        raise ImportError('onnxruntime_qnn missing: pip install "optimum-mobilequant[genie]"')
+        raise ImportError('onnxruntime_qnn missing: pip install "optimum-mobilequant[qnn]"')
     library = Path(found.origin).parent / "libGenie.so"
     if not library.is_file():
         raise RuntimeError(f"no {library}: Genie can be tried on Linux x86-64 only")
@@ -209,7 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory(prefix="mobilequant-") as folder:
-        found = _run(given.bundle.resolve(), request, Path(folder))
+        try:
+            found = _run(given.bundle.resolve(), request, Path(folder))
+        except (RuntimeError, ImportError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
     print(json.dumps(asdict(found)), file=answer, flush=True)
     os._exit(0)  # unloading the libraries is not worth the risk: the answer is written
 

@@ -8,6 +8,7 @@ integers, 16-bit ones are approximate, so results are compared in dB, never for 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,11 @@ from ..graph import Encoding
 from .options import ExportOptions, require
 from .targets import QNN_HTP, Soc, check_graph, soc_of
 
+if TYPE_CHECKING:
+    from .source import Source
+
 Session = Any
-EXTRA, PACKAGES = "genie", ("onnx", "onnxruntime", "onnxruntime_qnn")
+EXTRA, PACKAGES = "qnn", ("onnx", "onnxruntime", "onnxruntime_qnn")
 _PROVIDER = "QNNExecutionProvider"
 # The machine the wheel's emulator was run on; its other wheels (Windows, arm64) are for real devices.
 _EMULATED_ON = ("linux", "x86_64")
@@ -80,8 +84,8 @@ def htp_session(
         message = str(error)
         if "fallback to CPU EP has been explicitly disabled" in message:
             message = (
-                "an operation of the graph does not run on the HTP; export for it with the targets qnn or genie, which "
-                "insert the conversions it needs"
+                "an operation of the graph does not run on this chip's HTP; graphs of the target genie hold the "
+                "conversions that it needs, those of the target onnx do not"
             )
         raise RuntimeError(f"{model.name} for {chip.name}: {message}") from error
 
@@ -103,15 +107,17 @@ def require_emulator() -> str:
     machine = (sys.platform, platform.machine())
     if machine != _EMULATED_ON:
         raise RuntimeError(
-            f"the HTP emulator runs on Linux x86-64, not on {machine[0]} {machine[1]}: export there, or use the target "
-            "qnn or ai-hub, which need no emulator"
+            f"the HTP emulator runs on Linux x86-64, not on {machine[0]} {machine[1]}: export there, or use the "
+            "target qnn or ai-hub, which need no emulator"
         )
     import onnxruntime as ort
     import onnxruntime_qnn
 
     path = str(onnxruntime_qnn.get_qnn_htp_path())
     if not Path(path).is_file():
-        raise RuntimeError(f"onnxruntime-qnn is installed without {path}: pip install --force-reinstall onnxruntime-qnn")
+        raise RuntimeError(
+            f"onnxruntime-qnn is installed without {path}: pip install --force-reinstall onnxruntime-qnn"
+        )
     ort.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
     return path
 
@@ -129,7 +135,9 @@ def stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def build_contexts(models: Mapping[str, Path], out: Path, soc: str, *, shared: bool = False) -> dict[str, ContextBinary]:
+def build_contexts(
+    models: Mapping[str, Path], out: Path, soc: str, *, shared: bool = False
+) -> dict[str, ContextBinary]:
     """Compile graphs for a chip.
 
     Args:
@@ -230,7 +238,7 @@ class HtpRunner:
 
         sizes = resolve_options(checkpoint, context=context, prompt_length=prompt_length)
         with tempfile.TemporaryDirectory(prefix="mobilequant-") as folder:
-            write_htp_graphs(checkpoint, Path(folder), sizes)
+            write_htp_graphs(open_for_htp(checkpoint), Path(folder), sizes)
             self._model = OnnxModel(Path(folder), session=lambda path: htp_session(path, soc))
         encoding = self._model.logits_encoding
         assert encoding is not None
@@ -249,21 +257,35 @@ def logits_runner(folder: Path) -> HtpRunner:
     return HtpRunner(folder)
 
 
-def write_htp_graphs(checkpoint: Path, out: Path, options: ExportOptions) -> Any:
-    """Prompt and token graph of a checkpoint in the form that the HTP takes, into ``out``.
-
-    Returns:
-        the opened :class:`~.source.Source`.
+def open_for_htp(checkpoint: Path) -> Source:
+    """Open a checkpoint that is to run on the HTP.
 
     Raises:
-        ValueError: something in the checkpoint that the HTP has no operation for.
+        ValueError: operations that the HTP does not take, or tensors without static integers, as of a weight-only
+            model; see :func:`~.source.open_checkpoint`.
     """
-    from .onnx.form import COVERED
-    from .onnx.write import write_callers_files, write_graphs
     from .source import open_checkpoint
 
     source = open_checkpoint(checkpoint)
     check_graph(source.graph, QNN_HTP)
-    emitted = write_graphs(source, out, options, COVERED)
-    write_callers_files(source, out, options, emitted)
+    free = [name for name, value in source.graph.values.items() if value.encoding is None]
+    if left := [name for name in free if name not in ("input_ids", "attention_mask")]:
+        raise ValueError(
+            f"{len(left)} tensors have no static encoding, e.g. {left[0]}: graphs for the HTP are integers throughout; "
+            'quantize the float model with a preset such as "w4a8" or "w8a8"'
+        )
     return source
+
+
+def write_htp_graphs(source: Source, out: Path, options: ExportOptions) -> dict[str, dict[str, Any]]:
+    """Prompt and token graph in the form that the HTP takes, into ``out``, with the ``onnx`` target's other files.
+
+    Returns:
+        graph name -> ``{"file", "inputs", "outputs"}``, as in ``graphs.json``.
+    """
+    from .onnx.form import COVERED
+    from .onnx.write import GRAPHS, write_callers_files, write_graphs
+
+    write_callers_files(source, out, options, write_graphs(source, out, options, COVERED))
+    graphs: dict[str, dict[str, Any]] = json.loads((out / GRAPHS).read_text(encoding="utf-8"))["graphs"]
+    return graphs
