@@ -79,7 +79,7 @@ class Text:
     def read(self) -> str:
         if self.evaluation == "python-stdlib":
             return "\n".join(stdlib_texts("test"))[: self.max_chars]
-        return Path(self.evaluation).read_text(encoding="utf-8")[: self.max_chars]
+        return Path(self.evaluation).readtext_argument(encoding="utf-8")[: self.max_chars]
 
     def record(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.read().encode()).hexdigest()
@@ -106,7 +106,7 @@ def main() -> None:
         wanted = [(v, c) for v in VARIANTS for c in CASES if args.wants(name, v, c.preset, c.name)]
         missing[name] = [(v, c) for v, c in wanted if not table.has(name, v, c.preset, c.name)]
         if wanted:
-            table.use_text(name, texts[name].record())
+            table.usetext_argument(name, texts[name].record())
     for name, folder in models.items():
         if missing[name]:
             measure(name, folder, texts[name], missing[name], table, args)
@@ -177,7 +177,7 @@ class Table:
         if path.exists():
             if not append:
                 raise SystemExit(f"{path} exists: give another --out, or --append to add the missing rows")
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.readtext_argument(encoding="utf-8"))
             if stored["settings"] != settings:
                 raise SystemExit(f"{path} was measured with {stored['settings']}, not {settings}: give another --out")
             self.rows, self.runs, self.texts = stored["rows"], stored["runs"], stored["texts"]
@@ -190,7 +190,7 @@ class Table:
             }
         )
 
-    def use_text(self, model: str, text: dict[str, Any]) -> None:
+    def usetext_argument(self, model: str, text: dict[str, Any]) -> None:
         if self.texts.setdefault(model, text) != text:
             raise SystemExit(f"{self.path} was measured with another text of {model}: {self.texts[model]}")
 
@@ -212,7 +212,7 @@ class Table:
             "rows": self.rows,
         }
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.writetext_argument(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(self.path)
         print("  ".join(cells(row)), flush=True)
         return row
@@ -232,12 +232,12 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    lines = info.readtext_argument(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _text(argument: str) -> tuple[str, Text]:
+def text_argument(argument: str) -> tuple[str, Text]:
     name, equals, rest = argument.partition("=")
     parts = rest.split(",")
     if not equals or len(parts) != 3 or not parts[2].isdecimal():
@@ -253,7 +253,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file for the rows")
     parser.add_argument("--append", action="store_true", help="continue that file: measure what it lacks")
     parser.add_argument("--models", type=Path, metavar="DIR", help="folder of model folders, measured as well")
-    parser.add_argument("--text", type=_text, action="append", default=[], metavar="NAME=CALIBRATION,EVALUATION,CHARS")
+    parser.add_argument("--text", type=text_argument, action="append", default=[], metavar="NAME=CALIBRATION,EVALUATION,CHARS")
     parser.add_argument("--max-chars", type=int, default=200_000, help="of the default evaluation text")
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..graph import Encoding
+from ..graph import Encoding, Graph
 from .options import ExportOptions, require
 from .targets import QNN_HTP, Soc, check_graph, soc_of
 
@@ -231,7 +231,7 @@ class HtpRunner:
         ImportError, RuntimeError: see :func:`htp_session`.
     """
 
-    def __init__(self, checkpoint: Path, *, context: int = 256, prompt_length: int = 32, soc: str = "sm8650"):
+    def __init__(self, checkpoint: Path, *, context: int, prompt_length: int, soc: str = "sm8650"):
         require_emulator()
         from .onnx.runtime import OnnxModel
         from .source import resolve_options
@@ -252,11 +252,6 @@ class HtpRunner:
         return torch.stack(rows)
 
 
-def logits_runner(folder: Path) -> HtpRunner:
-    """An :class:`HtpRunner` of the usual sizes."""
-    return HtpRunner(folder)
-
-
 def open_for_htp(checkpoint: Path) -> Source:
     """Open a checkpoint that is to run on the HTP.
 
@@ -268,13 +263,18 @@ def open_for_htp(checkpoint: Path) -> Source:
 
     source = open_checkpoint(checkpoint)
     check_graph(source.graph, QNN_HTP)
-    free = [name for name, value in source.graph.values.items() if value.encoding is None]
+    refuse_floats(source.graph)
+    return source
+
+
+def refuse_floats(graph: Graph) -> None:
+    """Raise ValueError if a tensor has no static integers, as in the graph of a weight-only model."""
+    free = [name for name, value in graph.values.items() if value.encoding is None]
     if left := [name for name in free if name not in ("input_ids", "attention_mask")]:
         raise ValueError(
-            f"{len(left)} tensors have no static encoding, e.g. {left[0]}: graphs for the HTP are integers throughout; "
+            f"{len(left)} tensors have no static encoding, e.g. {left[0]}: graphs for the HTP hold integers only; "
             'quantize the float model with a preset such as "w4a8" or "w8a8"'
         )
-    return source
 
 
 def write_htp_graphs(source: Source, out: Path, options: ExportOptions) -> dict[str, dict[str, Any]]:

@@ -132,7 +132,7 @@ EXPORTERS: dict[str, Exporter] = {
     "genie": Exporter(
         "genie",
         "export_genie",
-        "genie",
+        "qnn",
         ("onnx", "onnxruntime", "onnxruntime_qnn"),
         "context binaries and the configuration of Qualcomm's Genie",
     ),

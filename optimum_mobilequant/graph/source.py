@@ -106,9 +106,12 @@ class CheckpointSource:
 
         def codes() -> Tensor:
             table: QWeight = module.weight  # type: ignore[assignment]
-            rows = table.rows(torch.arange(module.num_embeddings, device=table.device))
-            values = rows if module.multiplier == 1.0 else rows * module.multiplier
-            return quantize(values.cpu(), encoding.scale, encoding.zero_point, encoding.grid)
+            out = torch.empty(tuple(table.shape), dtype=encoding.grid.dtype)
+            for ids in torch.arange(module.num_embeddings).split(8192):  # a whole table in float32 is 4 times its size
+                rows = table.rows(ids.to(table.device))
+                values = rows if module.multiplier == 1.0 else rows * module.multiplier
+                out[ids] = quantize(values.cpu(), encoding.scale, encoding.zero_point, encoding.grid)
+            return out
 
         return Constant(tuple(module.weight.shape), encoding, codes)
 

@@ -14,8 +14,9 @@ from .integer import Multiplier, requantize, rounding_divide, rounding_shift
 _NORMAL_BITS = 30
 # n * sum(x^2) - sum(x)^2 stays below 2**62 up to this width for 17-bit differences of codes.
 _WIDEST_NORM = 2**14
-# A LayerNorm's bias is stored in 2**-15 steps of the output.
-BIAS_BITS = 15
+# A LayerNorm's bias is stored in 2**-15 steps of the output; what it is added to keeps 12 bits more.
+_BIAS_BITS = 15
+_SUM_BITS = _BIAS_BITS + 12
 EXP_BITS = 30
 
 
@@ -46,8 +47,8 @@ class NormConstants:
         width: n, elements of a row. centre: subtract the mean.
         fraction: even; the row's sum of squares is kept times ``2**fraction`` (negative: that many bits are dropped).
         epsilon: ``n**2 * eps / scale**2 * 2**fraction``, rounded.
-        gain: real gain / output scale, times ``2**-30``, and times ``2**15`` where there is a bias; ``[n]``.
-        bias: int64 ``[n]`` in 2**-15 steps of the output, or None.
+        gain: real gain / output scale, times ``2**-30``, and times ``2**27`` where there is a bias; ``[n]``.
+        bias: int64 ``[n]`` in 2**-27 steps of the output, or None.
     """
 
     width: int
@@ -80,11 +81,11 @@ class NormConstants:
         fraction = 2 * math.floor(min(room, 60) / 2)
         if fraction < -60:
             raise ValueError(f"the input of a norm has scale {in_scale:.3g}, too small beside eps {eps:.3g}")
-        factor = 2.0 ** ((0 if bias is None else BIAS_BITS) - _NORMAL_BITS)
+        factor = 2.0 ** ((0 if bias is None else _SUM_BITS) - _NORMAL_BITS)
         return cls(
             width, centre, fraction, round(offset * 2.0**fraction),
             Multiplier.of(gain.to(torch.float64) * factor / out_scale),
-            None if bias is None else bias.to(torch.int64),
+            None if bias is None else bias.to(torch.int64) << (_SUM_BITS - _BIAS_BITS),
         )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def normalise(x: Tensor, constants: NormConstants) -> Tensor:
     shift = (61 - _NORMAL_BITS - k.fraction // 2 - lift).clamp(min=1)
     normal = rounding_shift(numerator * reciprocal, shift)
     out = requantize(normal, k.gain)
-    return out if k.bias is None else rounding_shift(out + k.bias, BIAS_BITS)
+    return out if k.bias is None else rounding_shift(out + k.bias, _SUM_BITS)
 
 
 @dataclass(frozen=True)

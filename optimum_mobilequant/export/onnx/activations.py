@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from ...graph import Op
+from ...graph import Encoding, Op
 from .emit import Emitter
-from .types import UNIT
+from .even import bits, computed, even, widened
+from .types import UNIT, over
 
 
 def activation(e: Emitter, op: Op) -> None:
@@ -16,19 +18,23 @@ def activation(e: Emitter, op: Op) -> None:
     ACTIVATIONS[name](e, op)
 
 
-def _one(kind: str, **attributes: str) -> Callable[[Emitter, Op], None]:
+def _one(kind: str, grid: Encoding | None = None, **attributes: Any) -> Callable[[Emitter, Op], None]:
+    """A function that is one operator; ``grid``: the only 16-bit one on which the NPU computes it right."""
+
     def write(e: Emitter, op: Op) -> None:
-        e.result(op, kind, e.inputs_of(op), **attributes)
+        inputs, _, late = even(e, op, op.inputs)
+        computed(e, op, kind, inputs, late, grid=grid, **attributes)
 
     return write
 
 
 def _silu(e: Emitter, op: Op) -> None:
-    (x,) = e.inputs_of(op)
-    gate = e.inner(
-        op, "sigmoid", "Sigmoid", [x], None if e.encoding(op.inputs[0]) is None else UNIT, e.shape(op.output)
-    )
-    e.result(op, "Mul", [x, gate])
+    (source,) = op.inputs
+    coded = bits(e, source) is not None
+    wide = e.form.converts and coded  # an 8-bit gate would be too coarse
+    x = widened(e, source)[0] if wide else e.read[source]
+    gate = e.inner(op, "sigmoid", "Sigmoid", [x], UNIT if coded else None, e.shape(op.output))
+    computed(e, op, "Mul", [x, gate], wide and bits(e, op.output) == 8)
 
 
 # Key of transformers' ACT2FN -> emitter.
@@ -40,6 +46,6 @@ ACTIVATIONS: dict[str, Callable[[Emitter, Op], None]] = {
     "gelu_new": _one("Gelu", approximate="tanh"),
     "gelu_fast": _one("Gelu", approximate="tanh"),
     "relu": _one("Relu"),
-    "sigmoid": _one("Sigmoid"),
-    "tanh": _one("Tanh"),
+    "sigmoid": _one("Sigmoid", UNIT),
+    "tanh": _one("Tanh", over(-1.0, 1.0)),
 }

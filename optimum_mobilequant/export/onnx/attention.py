@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...graph import Op
+from ...graph import Encoding, Op
 from ...graph.ir import SEQUENCE, TOTAL, Dim
 from .emit import Emitter
-from .types import of_product
+from .even import Like, computed, even, sure
+from .types import of_product, refined
 
 
 def split_heads(e: Emitter, op: Op) -> None:
@@ -29,16 +30,18 @@ def merge_heads(e: Emitter, op: Op) -> None:
 def rope(e: Emitter, op: Op) -> None:
     """Pairs (i, i + r/2) turn by one angle: two products for each half, one difference, one sum."""
     source, cos, sin = op.inputs
-    x, r = e.read[source], int(op.attributes["rotary_dims"])
+    r = int(op.attributes["rotary_dims"])
     batch, heads, sequence, size = e.shape(op.output)
     assert isinstance(size, int)
+    (x, *_), (like, *_), late = even(e, op, op.inputs)
+    onto: Like = refined(sure(e, op.output)) if late else op.output
 
     def part(name: str, start: int, end: int) -> str:
         bounds = [
             e.held.small(f"{op.name}.{name}.{key}", np.array([number]))
             for key, number in (("start", start), ("end", end), ("axis", 3))
         ]
-        return e.inner(op, name, "Slice", [x, *bounds], source, (batch, heads, sequence, end - start))
+        return e.inner(op, name, "Slice", [x, *bounds], like, (batch, heads, sequence, end - start))
 
     halves = {"first": part("first", 0, r // 2), "second": part("second", r // 2, r)}
     half, rotated = (batch, heads, sequence, r // 2), []
@@ -51,10 +54,14 @@ def rope(e: Emitter, op: Op) -> None:
             e.inner(op, f"{term}_{short}", "Mul", [halves[term], e.read[table]], bound, half)
             for term, table, short in terms
         ]
-        rotated.append(e.inner(op, name, kind, products, op.output, half))
+        rotated.append(e.inner(op, name, kind, products, onto, half))
     if r < size:
-        rotated.append(part("passed", r, size))
-    e.result(op, "Concat", rotated, axis=3)
+        passed = part("passed", r, size)
+        if e.form.converts and e.encoding(op.output) is not None:  # what is joined must be on one grid
+            grid = onto if isinstance(onto, Encoding) else sure(e, op.output)
+            passed = e.converted(passed, f"{op.name}.passed_rounded", grid, op.output)
+        rotated.append(passed)
+    computed(e, op, "Concat", rotated, late, axis=3)
 
 
 def concat(e: Emitter, op: Op) -> None:
@@ -73,28 +80,24 @@ def concat(e: Emitter, op: Op) -> None:
 
 def scores(e: Emitter, op: Op) -> None:
     query, keys = op.inputs
-    rows, held = _rows(e, op, query), e.read[keys]
+    held = e.read[keys]
     if e.layout.dynamic:
         batch, count, total, size = e.layout.cache(e.graph, True, TOTAL)
         shape = (batch, count, size, total)
         held = e.inner(op, "keys", "Transpose", [held], keys, shape, perm=[0, 1, 3, 2])
-    _product(e, op, rows, held)
+    _product(e, op, query, held)
 
 
 def context(e: Emitter, op: Op) -> None:
     probabilities, values = op.inputs
-    _product(e, op, _rows(e, op, probabilities), e.read[values])
+    _product(e, op, probabilities, e.read[values])
 
 
-def _rows(e: Emitter, op: Op, source: str) -> str:
-    """[B,H,S,n] as rows of one product for each KV head: the query heads of a group lie one after the other."""
-    return e.reshape(op, "rows", e.read[source], _grouped(e, op, e.shape(source)), source)
-
-
-def _product(e: Emitter, op: Op, rows: str, other: str) -> None:
-    shape = e.shape(op.output)
-    product = e.inner(op, "product", "MatMul", [rows, other], op.output, _grouped(e, op, shape))
-    e.reshape(op, None, product, shape, op.output)
+def _product(e: Emitter, op: Op, source: str, other: str) -> None:
+    """One product for each KV head: of [B,H,S,n] the query heads of a group lie one after the other, as its rows."""
+    (x,), (like,), late = even(e, op, [source])
+    rows = e.reshape(op, "rows", x, _grouped(e, op, e.shape(source)), like)
+    computed(e, op, "MatMul", [rows, other], late, _grouped(e, op, e.shape(op.output)))
 
 
 def _grouped(e: Emitter, op: Op, shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -114,4 +117,5 @@ def mask(e: Emitter, op: Op) -> None:
 
 
 def softmax(e: Emitter, op: Op) -> None:
-    e.result(op, "Softmax", e.inputs_of(op), axis=-1)
+    inputs, _, late = even(e, op, op.inputs)
+    computed(e, op, "Softmax", inputs, late, axis=-1)
