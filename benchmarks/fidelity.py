@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import EMBEDDED, Text, cpu_name
-from quality import _text as text_argument
+from quality import EMBEDDED, Text, cpu_name, text_argument
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import MobileQuantConfig, quantize
@@ -116,7 +115,7 @@ def save_checkpoint(folder: Path, checkpoint: Path, preset: str, text: Text, arg
 
 def exported(checkpoint: Path, out: Path, context: int, absent: dict[str, str]) -> Path | None:
     """The export to ONNX, or None with the reason in ``absent``."""
-    from optimum_mobilequant.export import export
+    from optimum_mobilequant.exporters import export
 
     try:
         export(checkpoint, "onnx", out, context=context)
@@ -130,7 +129,7 @@ def exported(checkpoint: Path, out: Path, context: int, absent: dict[str, str]) 
 def emulated(checkpoint: Path, absent: dict[str, str]) -> bool:
     """Whether the emulator is here and takes this checkpoint; else the reason is in ``absent``."""
     try:
-        from optimum_mobilequant.export.htp import HtpRunner
+        from optimum_mobilequant.exporters.htp import HtpRunner
 
         HtpRunner(checkpoint, context=4, prompt_length=2)
     except (ImportError, RuntimeError, ValueError) as error:

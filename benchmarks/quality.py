@@ -253,7 +253,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file for the rows")
     parser.add_argument("--append", action="store_true", help="continue that file: measure what it lacks")
     parser.add_argument("--models", type=Path, metavar="DIR", help="folder of model folders, measured as well")
-    parser.add_argument("--text", type=text_argument, action="append", default=[], metavar="NAME=CALIBRATION,EVALUATION,CHARS")
+    parser.add_argument(
+        "--text", type=text_argument, action="append", default=[], metavar="NAME=CALIBRATION,EVALUATION,CHARS"
+    )
     parser.add_argument("--max-chars", type=int, default=200_000, help="of the default evaluation text")
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"

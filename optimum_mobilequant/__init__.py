@@ -20,18 +20,29 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MobileQuantConfig": "config",
     "quantize": "pipeline",
-    "export": "export",
+    "compare": "evaluate.compare",
+    "export": "exporters",
     "perplexity": "evaluate.perplexity",
     "push": "hub.push",
     "inspect_checkpoint": "inspection",
 }
 
-__all__ = ["MobileQuantConfig", "__version__", "export", "inspect_checkpoint", "perplexity", "push", "quantize"]
+__all__ = [
+    "MobileQuantConfig",
+    "__version__",
+    "compare",
+    "export",
+    "inspect_checkpoint",
+    "perplexity",
+    "push",
+    "quantize",
+]
 
 if TYPE_CHECKING:
     from .config import MobileQuantConfig
+    from .evaluate.compare import compare
     from .evaluate.perplexity import perplexity
-    from .export import export
+    from .exporters import export
     from .hub.push import push
     from .inspection import inspect_checkpoint
     from .pipeline import quantize

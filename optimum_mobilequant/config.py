@@ -114,8 +114,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
             any of ``weight_bits`` (4 or 8), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"`` or
             ``"tensor"``) and ``bits`` (activations, 8 or 16). They win over any preset, the paper's included.
         family: architecture family; None derives it from the model.
-        target: backend that the result must run on, a key of ``optimum_mobilequant.export.targets.TARGETS``. What it
-            cannot compute is refused before anything is tuned; nothing else changes. None checks nothing.
+        target: backend that the result must run on, a key of ``optimum_mobilequant.exporters.targets.TARGETS``. What
+            it cannot compute is refused before anything is tuned; nothing else changes. None checks nothing.
         scheme: the preset written out, as saved in a checkpoint; wins over the ``preset`` name, so that old
             checkpoints do not depend on today's preset table. None takes the table.
         samples: sequences for calibration and training. seq_len: tokens in each. batch_size: sequences at a time.
@@ -219,7 +219,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
             except RuntimeError as error:
                 raise ValueError(f'device "{self.device}" is not a torch device, e.g. "cpu" or "cuda:0"') from error
         if self.target is not None:
-            from .export.targets import TARGETS
+            from .exporters.targets import TARGETS
 
             lookup("target", TARGETS, self.target)
         dataset_kind(self.dataset)

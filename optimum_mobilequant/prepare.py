@@ -183,7 +183,7 @@ def prepare(
     geometry = geometry_of(model, family)
     plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
     if config.target is not None:
-        from .export.targets import TARGETS, check_plan
+        from .exporters.targets import TARGETS, check_plan
 
         check_plan(model, plan, TARGETS[config.target])
     # A name with a slip in it, or the record of a saved config: say so before looking for a tokenizer.

@@ -86,7 +86,7 @@ def test_cost_prints_ratios(run, folder, capsys):
 
 
 def test_fidelity_measures_each_checkpoint_once_and_names_what_is_absent(run, folder, capsys, monkeypatch):
-    import optimum_mobilequant.export.htp as htp
+    import optimum_mobilequant.exporters.htp as htp
 
     def missing():
         raise ImportError("no emulator: pip install it")

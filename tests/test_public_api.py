@@ -10,7 +10,16 @@ import optimum_mobilequant
 from optimum_mobilequant import hf_quantizer
 from tests.tiny import run_python
 
-NAMES = ["MobileQuantConfig", "__version__", "export", "inspect_checkpoint", "perplexity", "push", "quantize"]
+NAMES = [
+    "MobileQuantConfig",
+    "__version__",
+    "compare",
+    "export",
+    "inspect_checkpoint",
+    "perplexity",
+    "push",
+    "quantize",
+]
 
 
 def test_public_names():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..export.options import DEFAULT_CONTEXT, DEFAULT_PROMPT_LENGTH, ENCODINGS_VERSIONS, EXPORTERS
+from ..exporters.options import DEFAULT_CONTEXT, DEFAULT_PROMPT_LENGTH, ENCODINGS_VERSIONS, EXPORTERS
 from .common import AddCommand, check_model, positive, print_json
 
 # Options that are arguments of export().
@@ -60,7 +60,7 @@ def run_command(args: argparse.Namespace) -> int:
     if not Path(check_model(args.checkpoint)).is_dir():
         raise FileNotFoundError(f"no folder {args.checkpoint!r}: export reads a checkpoint saved on this machine")
 
-    from optimum_mobilequant.export import export
+    from optimum_mobilequant.exporters import export
     from optimum_mobilequant.log import show_progress_lines
 
     show_progress_lines()

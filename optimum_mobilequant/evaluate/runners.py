@@ -105,7 +105,7 @@ def _executor(request: Request) -> IntegerExecutor:
 def _onnx(request: Request) -> LogitsRunner | None:
     if request.onnx is None:
         return None
-    from ..export.onnx.runtime import logits_runner
+    from ..exporters.onnx.runtime import logits_runner
 
     runner = logits_runner(request.onnx)
     if (context := runner.model.context) < request.seq_len:
@@ -121,7 +121,7 @@ def _onnx(request: Request) -> LogitsRunner | None:
 def _htp(request: Request) -> LogitsRunner | None:
     if not request.htp:
         return None
-    from ..export.htp import HtpRunner
+    from ..exporters.htp import HtpRunner
 
     chunk = min(32, max(1, request.seq_len // 2))
     return HtpRunner(request.loaded.folder, context=request.seq_len, prompt_length=chunk)

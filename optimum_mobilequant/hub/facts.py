@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..config import MobileQuantConfig
-from ..export.folder import RECORD
+from ..exporters.folder import RECORD
 from ..inspection import Inspection, inspect_checkpoint
 from ..log import get_logger
 from ..sources import FILE_TYPES, dataset_kind

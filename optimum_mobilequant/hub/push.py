@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 
-from ..export.folder import RECORD
+from ..exporters.folder import RECORD
 from ..hf_quantizer import METHOD
 from ..log import get_logger
 from .base import look_up

@@ -157,7 +157,7 @@ def test_texts_and_float_models_that_do_not_fit_are_refused(folder, tmp_path):
 def test_an_export_of_another_checkpoint_or_for_fewer_tokens_is_refused(folder, tmp_path):
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is an extra")
     pytest.importorskip("onnx", reason="onnx is an extra")
-    from optimum_mobilequant.export import export
+    from optimum_mobilequant.exporters import export
 
     export(folder / "checkpoint", "onnx", tmp_path / "onnx", context=24, prompt_length=8)
     found = compare(folder / "checkpoint", IDS, onnx=tmp_path / "onnx", seq_len=24, progress=False)
