@@ -79,7 +79,7 @@ class Text:
     def read(self) -> str:
         if self.evaluation == "python-stdlib":
             return "\n".join(stdlib_texts("test"))[: self.max_chars]
-        return Path(self.evaluation).readtext_argument(encoding="utf-8")[: self.max_chars]
+        return Path(self.evaluation).read_text(encoding="utf-8")[: self.max_chars]
 
     def record(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.read().encode()).hexdigest()
@@ -177,7 +177,7 @@ class Table:
         if path.exists():
             if not append:
                 raise SystemExit(f"{path} exists: give another --out, or --append to add the missing rows")
-            stored = json.loads(path.readtext_argument(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["settings"] != settings:
                 raise SystemExit(f"{path} was measured with {stored['settings']}, not {settings}: give another --out")
             self.rows, self.runs, self.texts = stored["rows"], stored["runs"], stored["texts"]
@@ -212,7 +212,7 @@ class Table:
             "rows": self.rows,
         }
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.writetext_argument(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(self.path)
         print("  ".join(cells(row)), flush=True)
         return row
@@ -232,7 +232,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.readtext_argument(encoding="utf-8").splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
