@@ -106,7 +106,7 @@ def main() -> None:
         wanted = [(v, c) for v in VARIANTS for c in CASES if args.wants(name, v, c.preset, c.name)]
         missing[name] = [(v, c) for v, c in wanted if not table.has(name, v, c.preset, c.name)]
         if wanted:
-            table.usetext_argument(name, texts[name].record())
+            table.use_text(name, texts[name].record())
     for name, folder in models.items():
         if missing[name]:
             measure(name, folder, texts[name], missing[name], table, args)
@@ -190,7 +190,7 @@ class Table:
             }
         )
 
-    def usetext_argument(self, model: str, text: dict[str, Any]) -> None:
+    def use_text(self, model: str, text: dict[str, Any]) -> None:
         if self.texts.setdefault(model, text) != text:
             raise SystemExit(f"{self.path} was measured with another text of {model}: {self.texts[model]}")
 

@@ -68,6 +68,7 @@ def test_quality_measures_what_is_asked_for_and_no_row_twice(run, folder, capsys
     added = [(row["variant"], row["preset"], row["case"]) for row in second["rows"][3:]]
     assert sorted(added) == [
         ("injected", "w8a8", "8-bit q/k"),
+        ("injected", "w8a8", "best"),
         ("injected", "w8a8", "mobilequant"),
         ("injected", "w8a8", "smoothquant-edge"),
         ("plain", "float32", "float"),
