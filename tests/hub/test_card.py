@@ -100,7 +100,7 @@ def test_learning_is_reported_as_it_was(folder):
     ("dataset", "described", "metadata"),
     [
         ("owner/texts:small", '"owner/texts:small": 8 sequences', ["owner/texts"]),
-        ("/home/someone/calib.txt", '"calib.txt": 8 sequences', None),
+        ("/data/someone/calib.txt", '"calib.txt": 8 sequences', None),
         ("data/calib.jsonl", '"calib.jsonl": 8 sequences', None),
         ("python-stdlib", '"python-stdlib": 8 sequences', None),
     ],
