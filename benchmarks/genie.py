@@ -85,8 +85,8 @@ def prompts(tokenizer, texts: list[str], length: int, count: int) -> list[list[i
         ids = tokenizer(texts[0], add_special_tokens=False, verbose=False)["input_ids"]
         found = [list(part) for part in torch.tensor(ids[: len(ids) // length * length]).view(-1, length).tolist()]
     else:
-        starts = (tokenizer(text[:4000], add_special_tokens=False, verbose=False)["input_ids"][:length] for text in texts)
-        found = [ids for ids in starts if len(ids) == length]
+        every = tokenizer([text[:4000] for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        found = [ids[:length] for ids in every if len(ids) >= length]
     if len(found) < count:
         raise SystemExit(f"the text gives {len(found)} prompts of {length} tokens, not {count}: lower --prompts")
     return found[:: len(found) // count][:count]
