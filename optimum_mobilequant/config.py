@@ -4,92 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .recipes import (
-    CLIP_INITS,
-    OBJECTIVES,
-    RANGE_INITS,
-    ROUNDINGS,
-    SITES,
-    TEACHER_DTYPES,
-    TUNINGS,
-    Settings,
-    lookup,
-    settings_of,
-    unknown_name,
-)
+from .lookup import lookup, unknown_name
+from .options import check_values, whole
+from .settings import Settings, settings_of
 from .sources import dataset_kind, dataset_record
 
 if TYPE_CHECKING:
     from .plan.presets import Scheme
 
 FORMAT_VERSION = 1  # of what `to_dict` writes; raised whenever an older package could misread it
-
-_CHOICES = {
-    "objective": OBJECTIVES,
-    "tuning": TUNINGS,
-    "range_init": RANGE_INITS,
-    "clip_init": CLIP_INITS,
-    "rounding": ROUNDINGS,
-    "teacher_dtype": TEACHER_DTYPES,
-}
-_OVERRIDES: dict[str, tuple[Any, ...]] = {
-    "weight_bits": (4, 8),
-    "weight_symmetric": (True, False),
-    "weight_granularity": ("channel", "tensor"),
-    "bits": (8, 16),
-}
-
-
-def _whole(low: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-# (fields, test, what the value must be); None is checked for nowhere else and always passes
-_VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("samples", "batch_size", "top_k"), _whole(1), "a whole number from 1"),
-    (("seq_len",), _whole(2), "a whole number from 2"),
-    (("steps", "rounding_steps", "seed"), _whole(0), "a whole number from 0"),
-    (
-        ("lr_transforms", "lr_clips", "lr_ranges", "lr_offsets", "lr_gains"),
-        lambda v: _number(v) and 0 < v < 10,
-        "a number in (0, 10)",
-    ),
-    (("smooth_alpha",), lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
-    (
-        ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing"),
-        lambda v: isinstance(v, bool),
-        "True or False",
-    ),
-    (("bos",), lambda v: isinstance(v, bool) or v == "auto", '"auto", True or False'),
-    (
-        ("device", "family", "run_dir", "dataset_split", "text_column", "target"),
-        lambda v: isinstance(v, str),
-        "a string",
-    ),
-    (("transforms",), _strings, "a list of names"),
-    (("overrides", "recorded", "scheme"), lambda v: isinstance(v, dict), "a dict"),
-    (
-        ("tokenizer",),
-        lambda v: isinstance(v, str) or callable(v),
-        "a tokenizer, the name of one, or None for the model's own",
-    ),
-)
 
 
 @dataclass(eq=False, repr=False)
@@ -202,43 +132,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
         for f in fields(self):
             if f.default is not None and getattr(self, f.name) is None:
                 raise ValueError(f"{f.name} must not be None; leave it out for the default")
-        for names, passes, what in _VALUE_RULES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not passes(value):
-                    raise ValueError(f"{name} must be {what}, not {value!r}")
-        for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) is not None and value not in known:
-                raise ValueError(unknown_name(name, value, known))
-        for site in self.transforms or ():
-            if site not in SITES:
-                raise ValueError(unknown_name("transform", site, SITES))
-        if self.device is not None:
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise ValueError(f'device "{self.device}" is not a torch device, e.g. "cpu" or "cuda:0"') from error
-        if self.target is not None:
-            from .exporters.targets import TARGETS
-
-            lookup("target", TARGETS, self.target)
+        check_values({f.name: getattr(self, f.name) for f in fields(self)})
         dataset_kind(self.dataset)
-        self._validate_overrides()
         self.resolve_scheme()
         self.resolve()
-
-    def _validate_overrides(self) -> None:
-        for pattern, values in (self.overrides or {}).items():
-            if not isinstance(pattern, str) or not isinstance(values, dict) or not values:
-                raise ValueError(
-                    "overrides maps patterns of names to what changes there, "
-                    f'e.g. {{"*.down_proj": {{"weight_bits": 8}}}}, not {pattern!r}: {values!r}'
-                )
-            for key, value in values.items():
-                allowed = lookup(f'override of "{pattern}"', _OVERRIDES, key)
-                # 1 == True in Python: compare types too
-                if not any(value == option and type(value) is type(option) for option in allowed):
-                    raise ValueError(f'overrides["{pattern}"]["{key}"] must be one of {allowed}, not {value!r}')
 
     def resolve(self) -> Settings:
         """Concrete settings: recipe defaults <- effort <- the values set here.
@@ -287,7 +184,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         if (method := values.pop("quant_method", cls.quant_method)) != cls.quant_method:
             raise ValueError(f'quant_method is "{method}", but this is the config of "{cls.quant_method}"')
         version = values.pop("format_version", FORMAT_VERSION)
-        if not _whole(1)(version):
+        if not whole(1)(version):
             raise ValueError(f"format_version must be a whole number from 1, not {version!r}")
         if version > FORMAT_VERSION:
             raise ValueError(

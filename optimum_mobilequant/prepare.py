@@ -25,9 +25,9 @@ from .families import family_of, geometry_of
 from .hub.names import hub_id_of
 from .log import get_logger
 from .plan import Plan, build_plan
-from .recipes import Settings
 from .resources import memory_estimate, peak_memory
 from .run_dir import RunDirectory, fingerprint_of
+from .settings import Settings
 from .sources import dataset_kind, iter_documents
 from .tune import LearnResult
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .plan import Plan
-from .recipes import Settings
+from .settings import Settings
 
 
 def memory_estimate(plan: Plan, settings: Settings) -> int:

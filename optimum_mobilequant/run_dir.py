@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .recipes import lookup
+from .lookup import lookup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

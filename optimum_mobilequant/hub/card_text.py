@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..recipes import Settings
+from ..settings import Settings
 from .base import Base
 from .facts import Export, Facts
 

@@ -28,6 +28,6 @@ def soc_of(name: str, target: Target = QNN_HTP) -> Soc:
     Raises:
         ValueError: unknown name; lists the known ones.
     """
-    from ...recipes import lookup
+    from ...lookup import lookup
 
     return lookup("soc", target.socs, name.lower())

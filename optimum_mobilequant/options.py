@@ -1,0 +1,126 @@
+"""What each option of the config may hold; one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .lookup import lookup, unknown_name
+from .recipes import (
+    CLIP_INITS,
+    OBJECTIVES,
+    RANGE_INITS,
+    ROUNDINGS,
+    SITES,
+    TEACHER_DTYPES,
+    TUNINGS,
+)
+
+_CHOICES = {
+    "objective": OBJECTIVES,
+    "tuning": TUNINGS,
+    "range_init": RANGE_INITS,
+    "clip_init": CLIP_INITS,
+    "rounding": ROUNDINGS,
+    "teacher_dtype": TEACHER_DTYPES,
+}
+_OVERRIDES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (4, 8),
+    "weight_symmetric": (True, False),
+    "weight_granularity": ("channel", "tensor"),
+    "bits": (8, 16),
+}
+
+
+def whole(low: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+# (fields, test, what the value must be); None is checked for nowhere else and always passes
+_VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("samples", "batch_size", "top_k"), whole(1), "a whole number from 1"),
+    (("seq_len",), whole(2), "a whole number from 2"),
+    (("steps", "rounding_steps", "seed"), whole(0), "a whole number from 0"),
+    (
+        ("lr_transforms", "lr_clips", "lr_ranges", "lr_offsets", "lr_gains"),
+        lambda v: _number(v) and 0 < v < 10,
+        "a number in (0, 10)",
+    ),
+    (("smooth_alpha",), lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    (
+        ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing"),
+        lambda v: isinstance(v, bool),
+        "True or False",
+    ),
+    (("bos",), lambda v: isinstance(v, bool) or v == "auto", '"auto", True or False'),
+    (
+        ("device", "family", "run_dir", "dataset_split", "text_column", "target"),
+        lambda v: isinstance(v, str),
+        "a string",
+    ),
+    (("transforms",), _strings, "a list of names"),
+    (("overrides", "recorded", "scheme"), lambda v: isinstance(v, dict), "a dict"),
+    (
+        ("tokenizer",),
+        lambda v: isinstance(v, str) or callable(v),
+        "a tokenizer, the name of one, or None for the model's own",
+    ),
+)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check each option by itself; ``values`` holds all of them by name.
+
+    Raises:
+        ValueError: a value of the wrong kind, or an unknown name with the nearest known one.
+    """
+    for names, passes, what in _VALUE_RULES:
+        for name in names:
+            value = values[name]
+            if value is not None and not passes(value):
+                raise ValueError(f"{name} must be {what}, not {value!r}")
+    for name, known in _CHOICES.items():
+        if (value := values[name]) is not None and value not in known:
+            raise ValueError(unknown_name(name, value, known))
+    for site in values["transforms"] or ():
+        if site not in SITES:
+            raise ValueError(unknown_name("transform", site, SITES))
+    if (device := values["device"]) is not None:
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f'device "{device}" is not a torch device, e.g. "cpu" or "cuda:0"') from error
+    if (target := values["target"]) is not None:
+        from .exporters.targets import TARGETS
+
+        lookup("target", TARGETS, target)
+    check_overrides(values["overrides"] or {})
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Check ``{pattern: {name: value}}``.
+
+    Raises:
+        ValueError: see above.
+    """
+    for pattern, values in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(values, dict) or not values:
+            raise ValueError(
+                "overrides maps patterns of names to what changes there, "
+                f'e.g. {{"*.down_proj": {{"weight_bits": 8}}}}, not {pattern!r}: {values!r}'
+            )
+        for key, value in values.items():
+            allowed = lookup(f'override of "{pattern}"', _OVERRIDES, key)
+            # 1 == True in Python: compare types too
+            if not any(value == option and type(value) is type(option) for option in allowed):
+                raise ValueError(f'overrides["{pattern}"]["{key}"] must be one of {allowed}, not {value!r}')

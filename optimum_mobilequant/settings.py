@@ -1,0 +1,158 @@
+"""How a recipe, an effort and the user's own choices become one set of concrete settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .lookup import lookup
+from .recipes import EFFORTS, RECIPES, Effort, Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number a run needs, none of them optional: recipe defaults <- effort <- the user's own values.
+
+    Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
+    ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms
+    ``smooth_alpha`` is None. ``rounding_steps`` is 0 exactly when ``rounding`` is ``"nearest"``.
+    """
+
+    recipe: str
+    effort: str
+    seed: int
+    samples: int
+    seq_len: int
+    batch_size: int
+    steps: int
+    rounding_steps: int
+    eval_every: int
+    transforms: tuple[str, ...]
+    smooth_alpha: float | None
+    learn_transforms: bool
+    learn_clips: bool
+    learn_ranges: bool
+    range_init: str
+    clip_init: str
+    objective: str
+    tuning: str
+    rounding: str
+    lr_transforms: float
+    lr_clips: float
+    lr_ranges: float
+    lr_offsets: float
+    lr_gains: float
+    top_k: int
+    gradient_checkpointing: bool
+    teacher_dtype: str
+
+
+def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Learned rounding takes steps; without any it is rounding to nearest."""
+    if values["rounding"] == "learned" and not values["rounding_steps"]:
+        if asked.get("rounding") == "learned":
+            given = "rounding_steps=0" if "rounding_steps" in asked else f'effort="{effort.name}"'
+            raise ValueError(
+                f'rounding="learned" would have no effect: {given} runs no step of it; set rounding_steps'
+            )
+        values["rounding"] = "nearest"
+    if values["rounding"] == "nearest":
+        if ignored := [name for name in ("rounding_steps", "lr_offsets", "lr_gains") if asked.get(name)]:
+            raise ValueError(
+                f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded to nearest; "
+                'set rounding="learned"'
+            )
+        values["rounding_steps"] = 0
+
+
+_LEARNED = {"learn_transforms": "lr_transforms", "learn_clips": "lr_clips", "learn_ranges": "lr_ranges"}
+
+
+def _why_untrained(recipe: Recipe, effort: Effort, values: Mapping[str, Any]) -> str | None:
+    """The reason why these values train nothing, with the way out; None if they train something."""
+    if recipe.tuning == "none":
+        return f'recipe "{recipe.name}" trains nothing; use recipe="mobilequant" (or another recipe that learns)'
+    if values["tuning"] == "none":
+        return 'tuning="none" trains nothing; leave tuning unset'
+    if effort.steps == 0:
+        return f'effort="{effort.name}" runs no optimiser step; use effort="light" or more'
+    if values["steps"] == 0:
+        return "steps=0 runs no optimiser step; leave steps unset"
+    if not any(values[name] for name in _LEARNED):
+        return f"{', '.join(_LEARNED)} are all off, so nothing is trained; switch one on"
+    return None
+
+
+def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], *, seed: int = 0) -> Settings:
+    """Concrete settings: recipe defaults, then the effort, then the user's choices.
+
+    Two values follow from others when left unset: block-wise tuning minimises ``hidden_mse`` (one layer has no
+    logits), and choices that train nothing (a training-free recipe, ``effort="none"``, ``steps=0``) switch all
+    learning off.
+
+    Args:
+        recipe_name: key of `RECIPES`.
+        effort_name: key of `EFFORTS`.
+        choices: values by the name of a [`Settings`] attribute; None counts as unset.
+        seed: passed through.
+
+    Raises:
+        ValueError: unknown recipe or effort, or choices that contradict each other: asking for something that the
+            other choices rule out is refused, never ignored.
+    """
+    recipe, effort = lookup("recipe", RECIPES, recipe_name), lookup("effort", EFFORTS, effort_name)
+    asked = {name: value for name, value in choices.items() if value is not None}
+    values: dict[str, Any] = {
+        name: asked.get(name, getattr(effort if hasattr(effort, name) else recipe, name))
+        for name in Settings.__dataclass_fields__
+        if hasattr(recipe, name) or hasattr(effort, name)
+    }
+    values["transforms"] = tuple(values["transforms"])
+    values["learn_transforms"] = values["learn_transforms"] and bool(values["transforms"])
+
+    if not values["transforms"]:
+        for name in ("smooth_alpha", "learn_transforms"):
+            if asked.get(name) not in (None, False):
+                raise ValueError(f'{name}={asked[name]} has no transform to act on; set transforms=["norm_qkv", ...]')
+        values["smooth_alpha"] = None
+    elif values["smooth_alpha"] is None:
+        raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
+
+    _settle_rounding(effort, asked, values)
+    reason = _why_untrained(recipe, effort, values)
+    if reason is not None:
+        needs_training: tuple[str, ...] = (*_LEARNED, *_LEARNED.values(), "steps")
+        if values["rounding"] == "nearest":
+            needs_training += ("objective", "top_k", "gradient_checkpointing")
+        ignored = [name for name in needs_training if asked.get(name)]
+        ignored += ["tuning"] if asked.get("tuning", "none") != "none" else []
+        if ignored:
+            raise ValueError(f"{ignored[0]}={asked[ignored[0]]!r} would have no effect: {reason}")
+        values.update(steps=0, tuning="none", **dict.fromkeys(_LEARNED, False))
+    else:
+        for learns, rate in _LEARNED.items():
+            if rate in asked and not values[learns]:
+                raise ValueError(f"{rate}={asked[rate]} would have no effect: {learns} is off; set {learns}=True")
+        if values["tuning"] == "block-wise":
+            if asked.get("objective") == "logits_kl":
+                raise ValueError(
+                    'objective="logits_kl" needs the logits, which one layer does not have; '
+                    'use objective="hidden_mse" or tuning="end-to-end"'
+                )
+            values["objective"] = "hidden_mse"
+        if "top_k" in asked and values["objective"] != "logits_kl":
+            raise ValueError(f'top_k={asked["top_k"]} would have no effect: it belongs to objective="logits_kl"')
+    trained = max(values["steps"], values["rounding_steps"])
+    values["eval_every"] = min(values["eval_every"] or trained, trained)
+
+    return Settings(
+        **{
+            **values,
+            "recipe": recipe.name,
+            "effort": effort.name,
+            "seed": seed,
+            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", trained > 0)),
+            "teacher_dtype": asked.get("teacher_dtype", "float32"),
+        }
+    )
