@@ -5,7 +5,7 @@
         --text NAME=calibration.txt,evaluation.txt,150000
 
 Quantizes the embedded demo model and every model folder in DIR to W8A8 and W4A8, exports each to ONNX, and runs
-``compare`` on held-out text, with the simulation in float64 (``exact``) as one more arithmetic. A row is one
+``compare`` on held-out text, with the simulation in float32 as one more arithmetic. A row is one
 checkpoint: the perplexity of each arithmetic; of each pair the SQNR of the logits and the share of positions with the
 same most likely token; and for each kind of operation, fed with a simulation's codes, how many codes of the integer
 executor differ from that simulation's result. ONNX Runtime and the emulator take part where their packages are
@@ -70,7 +70,7 @@ def measure(folder: Path, preset: str, text: Text, args: argparse.Namespace) -> 
         onnx = exported(checkpoint, Path(scratch) / "onnx", args.seq_len, absent)
         htp = emulated(checkpoint, absent)
         found = compare(
-            checkpoint, text.read(), exact=True, onnx=onnx, htp=htp, float_model=str(folder), seq_len=args.seq_len,
+            checkpoint, text.read(), float32=True, onnx=onnx, htp=htp, float_model=str(folder), seq_len=args.seq_len,
             tokens=args.tokens, progress=False,
         ).to_dict()  # fmt: skip
         operations = operation_shares(checkpoint, text, args)
@@ -88,8 +88,8 @@ def operation_shares(checkpoint: Path, text: Text, args: argparse.Namespace) -> 
     executor = IntegerExecutor.of(model, positions=args.seq_len)
     found: dict[str, dict[str, Any]] = {}
     sources = (
-        ("simulate", simulated_codes(model, executor, ids)),
-        ("exact", ExactSimulation(model, executor).codes(ids)),
+        ("float32", simulated_codes(model, executor, ids)),
+        ("simulate", ExactSimulation(model, executor).codes(ids)),
     )
     for name, codes in sources:
         total = found.setdefault(name, {})

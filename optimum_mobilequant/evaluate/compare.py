@@ -71,7 +71,7 @@ def compare(
     checkpoint: str | PathLike[str],
     text_or_ids: str | Sequence[int] | Tensor,
     *,
-    exact: bool = False,
+    float32: bool = False,
     onnx: str | PathLike[str] | None = None,
     htp: bool = False,
     float_model: str | None = None,
@@ -86,10 +86,11 @@ def compare(
     token but a chunk's first is scored. Pairs are compared at all positions.
 
     Args:
-        checkpoint: folder that ``mobilequant quantize`` or ``save_pretrained`` wrote; simulation and integer executor
-            always run.
+        checkpoint: folder that ``mobilequant quantize`` or ``save_pretrained`` wrote; the simulation, in float64, and
+            the integer executor always run.
         text_or_ids: the text, read with the checkpoint's tokenizer, or token ids.
-        exact: also the simulation in float64, which says how much of a difference is the rounding of float32.
+        float32: also the simulation in float32, which is what tuning sees; its distance from the simulation in
+            float64 is the rounding of float32 and nothing else.
         onnx: folder of its export to onnx; runs in ONNX Runtime.
         htp: also run on the HTP emulator.
         float_model: folder or Hub id of the float model it was made from.
@@ -108,7 +109,7 @@ def compare(
     loaded = load_graph(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder) if isinstance(text_or_ids, str) else None
     windows = _windows(token_ids(loaded.model, tokenizer, text_or_ids), seq_len, tokens)
-    request = Request(loaded, exact, None if onnx is None else Path(onnx).expanduser(), htp, float_model, seq_len)
+    request = Request(loaded, float32, None if onnx is None else Path(onnx).expanduser(), htp, float_model, seq_len)
     made = {name: make(request) for name, make in RUNNERS.items()}
     runners = {name: runner for name, runner in made.items() if runner is not None}
     scores = {name: _Score() for name in runners}

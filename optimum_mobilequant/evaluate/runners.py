@@ -34,7 +34,7 @@ class Request:
     """What the runners are made from; four of the fields say whether the runner of that name is wanted."""
 
     loaded: LoadedGraph
-    exact: bool
+    float32: bool
     onnx: Path | None
     htp: bool
     float_model: str | None
@@ -71,14 +71,15 @@ def _float(request: Request) -> LogitsRunner | None:
     return Runner(lambda ids: _forward(model, ids))
 
 
-def _exact(request: Request) -> LogitsRunner | None:
-    if not request.exact:
-        return None
+def _simulate(request: Request) -> LogitsRunner | None:
+    # in float64: one wrong code of float32's rounding is passed on by every layer behind it
     simulation = ExactSimulation(request.loaded.model, _executor(request))
     return _rounded(simulation.logits, request)
 
 
-def _simulate(request: Request) -> LogitsRunner | None:
+def _float32(request: Request) -> LogitsRunner | None:
+    if not request.float32:
+        return None
     return _rounded(lambda ids: _forward(request.loaded.model, ids), request)
 
 
@@ -130,8 +131,8 @@ def _htp(request: Request) -> LogitsRunner | None:
 # A runner is compared with each that stands before it.
 RUNNERS: dict[str, Callable[[Request], LogitsRunner | None]] = {
     "float": _float,
-    "exact": _exact,
     "simulate": _simulate,
+    "float32": _float32,
     "integer": _integer,
     "onnx": _onnx,
     "htp": _htp,

@@ -36,28 +36,29 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    options = {"float_model": str(folder / "float"), "exact": True, "seq_len": 24, "progress": False}
+    options = {"float_model": str(folder / "float"), "float32": True, "seq_len": 24, "progress": False}
     return compare(folder / "checkpoint", IDS, **options)
 
 
 def test_each_runner_has_the_perplexity_of_its_model(folder, found):
-    assert list(found.runners) == ["float", "exact", "simulate", "integer"]
+    assert list(found.runners) == ["float", "simulate", "float32", "integer"]
     model = load_graph(folder / "checkpoint").model
-    for name, of in (("simulate", model), ("float", tiny.build("llama-gqa"))):
+    for name, of in (("float32", model), ("float", tiny.build("llama-gqa"))):
         wanted = perplexity(of, None, IDS, seq_len=24, progress=False)
         assert found.runners[name].perplexity == pytest.approx(wanted.perplexity, rel=1e-6)
         assert found.runners[name].tokens == wanted.tokens == 4 * 23
+    assert found.runners["float32"].perplexity != found.runners["simulate"].perplexity
     simulated = found.runners["simulate"].perplexity
     assert found.runners["integer"].perplexity == pytest.approx(simulated, rel=2e-2)
-    assert found.runners["integer"].perplexity != simulated  # it is not the simulation run twice
+    assert found.runners["integer"].perplexity != found.runners["float32"].perplexity  # not one run shown twice
 
 
 def test_pairs_name_the_runner_and_its_reference(found):
-    assert list(found.pairs)[:3] == ["exact/float", "simulate/float", "integer/float"]
-    assert list(found.pairs)[3:] == ["simulate/exact", "integer/exact", "integer/simulate"]
+    assert list(found.pairs)[:3] == ["simulate/float", "float32/float", "integer/float"]
+    assert list(found.pairs)[3:] == ["float32/simulate", "integer/simulate", "integer/float32"]
     # Float32 moves codes; integers hardly do.
-    assert found.pairs["integer/exact"].equal > max(0.9, found.pairs["simulate/exact"].equal)
-    close, far = found.pairs["integer/simulate"], found.pairs["integer/float"]
+    assert found.pairs["integer/simulate"].equal > max(0.9, found.pairs["float32/simulate"].equal)
+    close, far = found.pairs["integer/float32"], found.pairs["integer/float"]
     assert close.sqnr_db > far.sqnr_db + 3
     assert close.argmax >= 0.9 and close.max_lsb > 0 and 0 < close.equal < 1
     assert far.max_lsb is None and far.equal is None  # floats are on no grid
