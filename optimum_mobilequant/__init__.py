@@ -1,6 +1,7 @@
 """optimum-mobilequant: integer-only language models for phone NPUs, quantized in one line.
 
-Importing the package registers the ``mobilequant`` quantization method with transformers::
+Importing the package registers the ``mobilequant`` quantization method with transformers (as soon as transformers
+loads its model code)::
 
     from transformers import AutoModelForCausalLM
     from optimum_mobilequant import MobileQuantConfig
@@ -13,6 +14,8 @@ Importing the package registers the ``mobilequant`` quantization method with tra
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from .registration import register_when_loaded
 
 __version__ = "0.1.0"
 
@@ -60,10 +63,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _register() -> None:
-    from .hf_quantizer import register
-
-    register()
-
-
-_register()
+register_when_loaded()

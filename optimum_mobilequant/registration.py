@@ -1,0 +1,61 @@
+"""Registers the method with transformers at the moment transformers' model code is loaded.
+
+Registering at once would import ``transformers.modeling_utils`` and torch, seconds of work that ``mobilequant --help``
+or a script that only reads a config does not need. Nothing can be loaded without that module, so registering when it
+has just been executed is early enough. The means is the import system's own: a finder on ``sys.meta_path`` that
+answers for this one module and hands everything else on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MODULE = "transformers.modeling_utils"
+
+
+def register_when_loaded() -> None:
+    """Register now if that module is loaded already, else as soon as it is. A second call does nothing."""
+    if MODULE in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    from .hf_quantizer import register
+
+    register()
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != MODULE:
+            return None
+        sys.meta_path.remove(self)  # its work is done, and the search below must not come back here
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    """Executes the module as its own loader does, then registers."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register()
