@@ -70,7 +70,8 @@ def measure(folder: Path, preset: str, text: Text, args: argparse.Namespace) -> 
         onnx = exported(checkpoint, Path(scratch) / "onnx", args.seq_len, absent)
         htp = emulated(checkpoint, absent)
         found = compare(
-            checkpoint, text.read(), float32=True, onnx=onnx, htp=htp, float_model=str(folder), seq_len=args.seq_len,
+            checkpoint, text.read(), float32=True, onnx=onnx, onnx_float64=onnx is not None,
+            htp=htp, float_model=str(folder), seq_len=args.seq_len,
             tokens=args.tokens, progress=False,
         ).to_dict()  # fmt: skip
         operations = operation_shares(checkpoint, text, args)

@@ -16,6 +16,7 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to score")
     parser.add_argument("--float32", action="store_true", help="also simulate in float32, as tuning does")
     parser.add_argument("--onnx", metavar="DIR", help="its export to onnx, run in ONNX Runtime")
+    parser.add_argument("--onnx-float64", action="store_true", help="also run that export in float64")
     parser.add_argument("--htp", action="store_true", help="also run it on the HTP emulator (Linux x86-64)")
     parser.add_argument("--float", dest="float_model", metavar="MODEL", help="the float model it was made from")
     parser.add_argument("--seq-len", type=positive, default=256, metavar="N", help="tokens in a window (256)")
@@ -30,7 +31,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     from optimum_mobilequant.evaluate.compare import compare  # the package import registers the method
 
-    options = {name: getattr(args, name) for name in ("float32", "onnx", "htp", "seq_len", "tokens")}
+    options = {name: getattr(args, name) for name in ("float32", "onnx", "onnx_float64", "htp", "seq_len", "tokens")}
     found = compare(checkpoint, text, float_model=float_model, **options).to_dict()
     if args.json:
         print_json(found)

@@ -73,6 +73,7 @@ def compare(
     *,
     float32: bool = False,
     onnx: str | PathLike[str] | None = None,
+    onnx_float64: bool = False,
     htp: bool = False,
     float_model: str | None = None,
     seq_len: int = 256,
@@ -92,6 +93,7 @@ def compare(
         float32: also the simulation in float32, which is what tuning sees; its distance from the simulation in
             float64 is the rounding of float32 and nothing else.
         onnx: folder of its export to onnx; runs in ONNX Runtime.
+        onnx_float64: also that export with every float operation in float64: what the graph means.
         htp: also run on the HTP emulator.
         float_model: folder or Hub id of the float model it was made from.
         tokens: use only so many tokens of the text.
@@ -105,11 +107,13 @@ def compare(
         ImportError: a package that a runner needs is missing (names the pip command).
     """
     folder = Path(checkpoint).expanduser()
-    _check(folder, onnx, float_model, seq_len, tokens)
+    _check(folder, onnx, onnx_float64, float_model, seq_len, tokens)
     loaded = load_graph(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder) if isinstance(text_or_ids, str) else None
     windows = _windows(token_ids(loaded.model, tokenizer, text_or_ids), seq_len, tokens)
-    request = Request(loaded, float32, None if onnx is None else Path(onnx).expanduser(), htp, float_model, seq_len)
+    request = Request(
+        loaded, float32, None if onnx is None else Path(onnx).expanduser(), onnx_float64, htp, float_model, seq_len
+    )
     made = {name: make(request) for name, make in RUNNERS.items()}
     runners = {name: runner for name, runner in made.items() if runner is not None}
     scores = {name: _Score() for name in runners}
@@ -132,12 +136,19 @@ def compare(
 
 
 def _check(
-    folder: Path, onnx: str | PathLike[str] | None, float_model: str | None, seq_len: int, tokens: int | None
+    folder: Path,
+    onnx: str | PathLike[str] | None,
+    onnx_float64: bool,
+    float_model: str | None,
+    seq_len: int,
+    tokens: int | None,
 ) -> None:
     if method_of(folder) == QUANTO:
         raise ValueError(
             f"the activations of {str(folder)!r} are floats: give a checkpoint that `mobilequant quantize` saved"
         )
+    if onnx is None and onnx_float64:
+        raise ValueError("onnx_float64 needs an export: give the folder as onnx")
     if onnx is not None and not Path(onnx).expanduser().is_dir():
         raise FileNotFoundError(f"no folder {str(onnx)!r}: export the checkpoint to onnx first")
     if seq_len < 2 or (tokens is not None and tokens < seq_len):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ class LogitsRunner(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What the runners are made from; four of the fields say whether the runner of that name is wanted."""
+    """What the runners are made from; fields with the name of a runner say whether it is wanted."""
 
     loaded: LoadedGraph
     float32: bool
     onnx: Path | None
+    onnx_float64: bool
     htp: bool
     float_model: str | None
     seq_len: int
@@ -104,18 +105,30 @@ def _executor(request: Request) -> IntegerExecutor:
 
 
 def _onnx(request: Request) -> LogitsRunner | None:
-    if request.onnx is None:
+    from ..exporters.onnx.runtime import cpu_session
+
+    return None if request.onnx is None else _exported(request, request.onnx, cpu_session)
+
+
+def _onnx_float64(request: Request) -> LogitsRunner | None:
+    from ..exporters.onnx.float64 import float64_session
+
+    if not request.onnx_float64 or request.onnx is None:
         return None
+    return _exported(request, request.onnx, float64_session)
+
+
+def _exported(request: Request, folder: Path, session: Callable[[Path], Any]) -> LogitsRunner:
     from ..exporters.onnx.runtime import logits_runner
 
-    runner = logits_runner(request.onnx)
+    runner = logits_runner(folder, session=session)
     if (context := runner.model.context) < request.seq_len:
         raise ValueError(
-            f"{request.onnx} was exported for {context} tokens, windows have {request.seq_len}: lower seq_len, or "
+            f"{folder} was exported for {context} tokens, windows have {request.seq_len}: lower seq_len, or "
             f"export with --context {request.seq_len}"
         )
     if runner.encoding is not None and not runner.encoding.same_as(_logits_encoding(request.loaded)):
-        raise ValueError(f"{request.onnx} was exported from another checkpoint: its logits have another scale")
+        raise ValueError(f"{folder} was exported from another checkpoint: its logits have another scale")
     return runner
 
 
@@ -135,6 +148,7 @@ RUNNERS: dict[str, Callable[[Request], LogitsRunner | None]] = {
     "float32": _float32,
     "integer": _integer,
     "onnx": _onnx,
+    "onnx_float64": _onnx_float64,
     "htp": _htp,
 }
 

@@ -133,6 +133,7 @@ def test_bad_inputs_are_refused_before_anything_is_loaded(folder, tmp_path, monk
     bad(folder, "is a float model", checkpoint=folder / "float")
     bad(folder, "no config.json", FileNotFoundError, checkpoint=tmp_path / "none")
     bad(folder, "no folder", FileNotFoundError, onnx=tmp_path / "none")
+    bad(folder, "onnx_float64 needs an export", onnx_float64=True)
     bad(folder, "beyond the model's 64 positions", seq_len=65)
     bad(folder, "at least 2", seq_len=1)
     bad(folder, "tokens at least seq_len", tokens=23)
@@ -161,8 +162,10 @@ def test_an_export_of_another_checkpoint_or_for_fewer_tokens_is_refused(folder, 
     from optimum_mobilequant.exporters import export
 
     export(folder / "checkpoint", "onnx", tmp_path / "onnx", context=24, prompt_length=8)
-    found = compare(folder / "checkpoint", IDS, onnx=tmp_path / "onnx", seq_len=24, progress=False)
+    options = {"onnx": tmp_path / "onnx", "onnx_float64": True, "seq_len": 24, "progress": False}
+    found = compare(folder / "checkpoint", IDS, **options)
     assert found.pairs["onnx/simulate"].argmax >= 0.9
+    assert found.pairs["onnx_float64/integer"].equal > max(0.99, found.pairs["onnx/integer"].equal)
     assert found.pairs["onnx/integer"].max_lsb is not None
     bad(folder, "exported for 24 tokens, windows have 32", onnx=tmp_path / "onnx", seq_len=32)
     quantize(tiny.build("llama-gqa", seed=3), None, tiny.config()).save_pretrained(tmp_path / "other")
