@@ -57,7 +57,11 @@ class MobileQuantConfig(QuantizationConfigMixin):
         smooth_alpha: SmoothQuant migration strength in [0, 1].
         learn_transforms, learn_clips, learn_ranges: what training moves.
         range_init: ``"minmax"``, ``"percentile"`` or ``"mse"``. clip_init: ``"none"`` or ``"mse"``.
-        rounding: ``"nearest"`` or ``"learned"``. rounding_steps: optimiser steps of learned rounding.
+        rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.
+        rounding_steps: optimiser steps of learned rounding.
+        magr: reduce the largest weight of each row before ``"gptq"`` or ``"qronos"``.
+        rounding_damping: share of the mean of the Hessian's diagonal that these two add to it, in (0, 1].
+        rounding_act_order: round the columns with the largest inputs first. rounding_block: columns at a time.
         lr_transforms, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
         gradient_checkpointing: recompute each layer in the backward pass: a third more time for a fraction of the
@@ -105,6 +109,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
     lr_ranges: float | None = None
     rounding: str | None = None
     rounding_steps: int | None = None
+    magr: bool | None = None
+    rounding_damping: float | None = None
+    rounding_act_order: bool | None = None
+    rounding_block: int | None = None
     lr_offsets: float | None = None
     lr_gains: float | None = None
     top_k: int | None = None

@@ -48,7 +48,7 @@ def _strings(value: Any) -> bool:
 
 # (fields, test, what the value must be); None is checked for nowhere else and always passes
 _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("samples", "batch_size", "top_k"), whole(1), "a whole number from 1"),
+    (("samples", "batch_size", "top_k", "rounding_block"), whole(1), "a whole number from 1"),
     (("seq_len",), whole(2), "a whole number from 2"),
     (("steps", "rounding_steps", "seed"), whole(0), "a whole number from 0"),
     (
@@ -56,9 +56,10 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda v: _number(v) and 0 < v < 10,
         "a number in (0, 10)",
     ),
+    (("rounding_damping",), lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1]"),
     (("smooth_alpha",), lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     (
-        ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing"),
+        ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing", "magr", "rounding_act_order"),
         lambda v: isinstance(v, bool),
         "True or False",
     ),

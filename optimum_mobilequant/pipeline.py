@@ -11,6 +11,8 @@ from .checkpoint import Packed, install, pack
 from .config import MobileQuantConfig
 from .log import get_logger
 from .prepare import Prepared, nll, prepare
+from .recipes import COMPENSATED
+from .rounding import compensate_rounding
 from .transform import edges_of, smooth_scales
 from .tune import (
     Learnables,
@@ -60,7 +62,7 @@ def quantize(
         statistics = calibrate(student, job)
         learnables = transform(model, student, statistics, job)
         result = learn(model, student, learnables, job)
-        rounded = learn_rounding(model, student, learnables, job)
+        rounded = round_weights(model, student, learnables, job)
         packed = fold_and_round(student, job)
         del student, learnables
         install(model, job.plan, packed)
@@ -139,8 +141,15 @@ def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Pre
     return result
 
 
+def round_weights(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:
+    """Stage 35: with the transforms fixed, choose the code of each weight. None where it is the nearest."""
+    if job.settings.rounding in COMPENSATED:
+        return compensate_rounding(model, student, learnables, job)
+    return learn_rounding(model, student, learnables, job)
+
+
 def learn_rounding(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:
-    """Stage 35: with the transforms fixed, learn which way each weight is rounded. None where that is to nearest."""
+    """Stage 35, learned: which way each weight is rounded. None where that is to nearest."""
     s = job.settings
     if not s.rounding_steps:
         return None

@@ -16,7 +16,8 @@ OBJECTIVES = ("logits_kl", "hidden_mse")
 TUNINGS = ("end-to-end", "block-wise", "none")
 RANGE_INITS = ("minmax", "percentile", "mse")
 CLIP_INITS = ("none", "mse")
-ROUNDINGS = ("nearest", "learned")
+ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
+COMPENSATED = ("gptq", "qronos")  # roundings in closed form
 TEACHER_DTYPES = ("float32", "bfloat16")
 
 
@@ -33,7 +34,11 @@ class Recipe:
         clip_init: how weight clipping starts: not at all, or at the clip of least squared weight error.
         objective: KL divergence of the logits, or mean squared error of hidden states.
         tuning: one optimisation of the whole model, one per decoder layer, or none.
-        rounding: how weights reach the grid: to the nearest code, or the way that training chose.
+        rounding: how weights reach the grid: to the nearest code, the way that training chose, or so that later
+            columns make up for the error of earlier ones (``gptq``, ``qronos``).
+        magr: reduce the largest weight of each row before ``gptq`` or ``qronos``.
+        rounding_damping, rounding_act_order, rounding_block: of ``gptq`` and ``qronos``: share of the mean of the
+            Hessian's diagonal added to it; whether columns with large inputs come first; columns at a time.
         lr_transforms, lr_clips, lr_ranges: AdamW learning rates; all three act on logarithms or logits.
         lr_offsets, lr_gains: of learned rounding, in steps of the grid and in logarithms of a row's scale; activation
             ranges move on at ``lr_ranges / 3``.
@@ -53,6 +58,10 @@ class Recipe:
     objective: str = "logits_kl"
     tuning: str = "none"
     rounding: str = "nearest"
+    magr: bool = False
+    rounding_damping: float = 0.01
+    rounding_act_order: bool = True
+    rounding_block: int = 128
     lr_transforms: float = 2e-2
     lr_clips: float = 5e-2
     lr_ranges: float = 1e-2

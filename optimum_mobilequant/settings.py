@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .lookup import lookup
-from .recipes import EFFORTS, RECIPES, Effort, Recipe
+from .recipes import COMPENSATED, EFFORTS, RECIPES, Effort, Recipe
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Settings:
 
     Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
     ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms
-    ``smooth_alpha`` is None. ``rounding_steps`` is 0 exactly when ``rounding`` is ``"nearest"``.
+    ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when ``rounding`` is ``"learned"``.
     """
 
     recipe: str
@@ -38,6 +38,10 @@ class Settings:
     objective: str
     tuning: str
     rounding: str
+    magr: bool
+    rounding_damping: float
+    rounding_act_order: bool
+    rounding_block: int
     lr_transforms: float
     lr_clips: float
     lr_ranges: float
@@ -57,15 +61,24 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
                 f'rounding="learned" would have no effect: {given} runs no step of it; set rounding_steps'
             )
         values["rounding"] = "nearest"
-    if values["rounding"] == "nearest":
+    if values["rounding"] != "learned":
         if ignored := [name for name in ("rounding_steps", "lr_offsets", "lr_gains") if asked.get(name)]:
+            how = "to nearest" if values["rounding"] == "nearest" else f"by {values['rounding']}"
             raise ValueError(
-                f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded to nearest; "
+                f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded {how}; "
                 'set rounding="learned"'
             )
         values["rounding_steps"] = 0
+    if values["rounding"] not in COMPENSATED:
+        if ignored := [name for name in _COMPENSATION if asked.get(name) not in (None, False)]:
+            raise ValueError(
+                f'{ignored[0]}={asked[ignored[0]]} would have no effect with rounding="{values["rounding"]}"; '
+                'set rounding="gptq" or "qronos"'
+            )
+        values["magr"] = False
 
 
+_COMPENSATION = ("magr", "rounding_damping", "rounding_act_order", "rounding_block")
 _LEARNED = {"learn_transforms": "lr_transforms", "learn_clips": "lr_clips", "learn_ranges": "lr_ranges"}
 
 
@@ -123,7 +136,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
     reason = _why_untrained(recipe, effort, values)
     if reason is not None:
         needs_training: tuple[str, ...] = (*_LEARNED, *_LEARNED.values(), "steps")
-        if values["rounding"] == "nearest":
+        if values["rounding"] != "learned":
             needs_training += ("objective", "top_k", "gradient_checkpointing")
         ignored = [name for name in needs_training if asked.get(name)]
         ignored += ["tuning"] if asked.get("tuning", "none") != "none" else []

@@ -80,10 +80,9 @@ class TunableWeight(nn.Module):
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.mode in (Mode.OFF, Mode.OBSERVE):
             return rescale(self._float(), total(self.rows_log), total(self.columns_log)).to(dtype)
-        if self._base is not None:
-            assert self.offset_steps is not None and self.gain_log is not None
+        if self._base is not None and self.offset_steps is not None and self.gain_log is not None:
             return fake_quantize_offset(*self._base, self.offset_steps, self.gain_log, self.spec.grid).to(dtype)
-        if not (self.rows_log or self.columns_log or self.clip is not None):
+        if self._base is not None or not (self.rows_log or self.columns_log or self.clip is not None):
             if self._kept is None:  # nothing here changes from step to step
                 self._kept = dequantize(*self.codes())
             return self._kept.to(dtype)
@@ -98,9 +97,29 @@ class TunableWeight(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Fix the folded weight, in steps of its scale, for rounding to be learned."""
-        _, scale, zero_point = self.codes()
-        self._base = (self.folded() / scale, scale, zero_point)
+        """Fix the folded weight, in steps of its scale, for its rounding to be chosen."""
+        if self._base is None:
+            _, scale, zero_point = self.codes()
+            self.fix(self.folded() / scale, scale, zero_point)
+
+    @torch.no_grad()
+    def fix(self, base: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Take ``base``, in steps of ``scale``, in place of the weight: codes are ``round(base) + zero_point``.
+
+        Args:
+            base: float32 ``[out, in]``. scale: float32 ``[out, 1]``. zero_point: int32 ``[out, 1]``.
+        """
+        self._base = (base, scale, zero_point)
+        self._kept = None
+
+    def unfix(self) -> None:
+        """Undo :meth:`fix`."""
+        self._base = self._kept = None
+
+    @property
+    def fixed(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What :meth:`fix` took."""
+        return self._base
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, for an embedding."""
@@ -116,14 +135,11 @@ class TunableWeight(nn.Module):
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Signed codes, scale ``[out, 1]`` (or ``[1]`` for a gain) and zero point of the folded, clipped weight."""
         if self._base is not None:
-            assert self.offset_steps is not None and self.gain_log is not None
             base, scale, zero_point = self._base
             one = torch.ones_like(scale)
-            return (
-                quantize(base + self.offset_steps, one, zero_point, self.spec.grid),
-                scale * self.gain_log.exp(),
-                zero_point,
-            )
+            if self.offset_steps is not None and self.gain_log is not None:
+                base, scale = base + self.offset_steps, scale * self.gain_log.exp()
+            return quantize(base, one, zero_point, self.spec.grid), scale, zero_point
         folded, spec = self.folded(), self.spec
         matrix = folded if folded.ndim == 2 else folded[None, :]
         ends = clipped_range(matrix, self.clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)

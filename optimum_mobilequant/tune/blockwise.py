@@ -9,37 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Plan
+from .capture import layer_inputs
 from .loop import LearnResult, Loss, learn_end_to_end
 from .objective import normalised_mse
 from .parameters import Learnables
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the first layer's inputs are known."""
-
-
-@torch.no_grad()
-def _layer_inputs(
-    model: nn.Module, layer: nn.Module, batches: list[Tensor]
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    hidden: list[Tensor] = []
-    options: list[dict[str, Any]] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0])
-        options.append(kwargs)
-        raise _Stop
-
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for ids in batches:
-            try:
-                model(input_ids=ids, use_cache=False)
-            except _Stop:
-                continue
-    finally:
-        hook.remove()
-    return hidden, options
 
 
 def _block_loss(layer: nn.Module, inputs: list[Tensor], options: list[dict[str, Any]], target: list[Tensor]) -> Loss:
@@ -88,8 +61,8 @@ def learn_blockwise(
     path = plan.family.layer(0)
     learnables.release(student)
     start = validate()
-    float_in, float_options = _layer_inputs(teacher, teacher.get_submodule(path), batches + held_out)
-    quant_in, quant_options = _layer_inputs(student, student.get_submodule(path), batches + held_out)
+    float_in, float_options = layer_inputs(teacher, teacher.get_submodule(path), batches + held_out)
+    quant_in, quant_options = layer_inputs(student, student.get_submodule(path), batches + held_out)
     for i in range(layers):
         teacher_layer, layer = (m.get_submodule(plan.family.layer(i)) for m in (teacher, student))
         with torch.no_grad():

@@ -13,7 +13,7 @@ from ..nn.modules import QuantLinear
 from ..nn.tunable import LogScale, TunableWeight
 from ..numerics.fake import clipped_range, round_straight_through
 from ..numerics.qparams import affine_qparams, affine_scale_and_offset, dequantize, quantize, weight_qparams
-from ..plan import Plan
+from ..plan import Plan, WeightSpec
 from ..transform import Edge
 
 # Beyond e^4.6 = 100 a scale only trades one overflow for another.
@@ -67,8 +67,8 @@ class Learnables(nn.Module):
         for name, weight in self._weights.items():
             if weight.spec.role not in _CLIPPED_ROLES:
                 continue
-            logits = _least_error_clip(weight) if init == "mse" else _constant_clip(weight)
-            self.clips[_key(name)] = nn.Parameter(logits)
+            make = least_error_clip if init == "mse" else _constant_clip
+            self.clips[_key(name)] = nn.Parameter(make(weight.folded(), weight.spec))
             weight.clip = self.clips[_key(name)]
 
     def projections(self) -> list[tuple[str, TunableWeight]]:
@@ -142,24 +142,39 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # parameter names may not hold dots
 
 
-def _units(weight: TunableWeight) -> int:
-    return weight.shape[0] if weight.spec.per_channel else 1
+def encode_anew(weight: TunableWeight, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale ``[out, 1]`` and zero point of ``matrix``, which takes the place of what ``weight`` holds.
+
+    A weight that was clipped is clipped anew, at the least squared error: its clipping is a share of the range it had.
+    """
+    spec = weight.spec
+    clip = None if weight.clip is None else least_error_clip(matrix, spec)
+    ends = clipped_range(matrix, clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
+    scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
+    return scale.expand(len(matrix), 1).contiguous(), zero_point.expand(len(matrix), 1).contiguous()
 
 
-def _constant_clip(weight: TunableWeight) -> Tensor:
-    return torch.full((_units(weight), 2), DEFAULT_CLIP_LOGIT, device=weight.source.device)
+def _constant_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    units = len(matrix) if spec.per_channel else 1
+    return torch.full((units, 2), DEFAULT_CLIP_LOGIT, device=matrix.device)
 
 
-def _least_error_clip(weight: TunableWeight) -> Tensor:
-    """Logit of the share of each unit's range with the smallest rounding error, out of 0.5 ... 0.99."""
-    folded, spec = weight.folded(), weight.spec
-    best_logit = _constant_clip(weight)
-    best_error = torch.full((_units(weight), 1), float("inf"), device=folded.device)
+def least_error_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    """Logit of the share of each unit's range with the smallest rounding error, out of 0.5 ... 0.99.
+
+    Args:
+        matrix: float32 ``[out, in]``.
+
+    Returns:
+        float32 ``[units, 2]``.
+    """
+    best_logit = _constant_clip(matrix, spec)
+    best_error = torch.full((len(best_logit), 1), float("inf"), device=matrix.device)
     for share in torch.linspace(0.5, 0.99, 50).tolist():
         logit = torch.full_like(best_logit, torch.logit(torch.tensor(share)).item())
-        ends = clipped_range(folded, logit, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
+        ends = clipped_range(matrix, logit, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
         scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
-        error = (dequantize(quantize(folded, scale, zero_point, spec.grid), scale, zero_point) - folded).square()
+        error = (dequantize(quantize(matrix, scale, zero_point, spec.grid), scale, zero_point) - matrix).square()
         error = error.mean(1, keepdim=True) if spec.per_channel else error.mean().reshape(1, 1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

@@ -1,0 +1,93 @@
+"""Stage 35 in closed form: GPTQ or Qronos on a student whose transforms and ranges are final."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..log import get_logger
+from ..nn.tunable import TunableWeight
+from ..tune import Learnables, LearnResult
+from ..tune.objective import make_objective
+from .compensate import Compensation
+from .sequential import Method, Rounded, round_layers
+
+if TYPE_CHECKING:
+    from ..prepare import Prepared
+
+logger = get_logger(__name__)
+
+_PARTS = ("base", "scale", "zero_point")
+
+
+def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
+    """Round the projections of ``student``; a result that validates worse than rounding to nearest is dropped.
+
+    The run directory keeps a snapshot of each finished layer.
+
+    Returns:
+        The objective on the validation text before and after, in nats; ``best_step`` is the number of layers, 0 where
+        rounding to nearest is kept.
+    """
+    s, weights = job.settings, dict(learnables.projections())
+    if (kept := job.run.load("round")) is not None:
+        _fix(weights, _unflatten(kept[0]), next(student.buffers()).device)
+        return LearnResult.from_dict(kept[1])
+    started, layers = time.monotonic(), job.plan.geometry.layers
+    objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
+
+    def validate() -> float:
+        device, total = next(student.buffers()).device, 0.0
+        for ids in job.data.validation.split(s.batch_size):
+            total += float(objective(student, model, ids.to(device))) * len(ids)
+        return total / len(job.data.validation)
+
+    before = validate()
+    tensors, meta = job.run.load_progress("round") or ({}, {"layers": 0})
+    method = Method(
+        correct=s.rounding == "qronos",
+        compensation=Compensation(s.rounding_damping, s.rounding_act_order, s.rounding_block),
+        magr=s.magr,
+    )
+    rounded = round_layers(
+        student,
+        job.plan,
+        weights,
+        job.data.train,
+        method,
+        batch_size=s.batch_size,
+        done=_unflatten(tensors),
+        layers_done=int(meta["layers"]),
+        snapshot=lambda done, count: job.run.save_progress("round", _flatten(done), {"layers": count}),
+    )
+    after = validate()
+    result = LearnResult(before, after, layers, time.monotonic() - started, [(0, before), (layers, after)])
+    if not after <= before:
+        logger.warning(
+            f"rounding by {s.rounding} does worse on the validation text than rounding to nearest ({after:.4g} against "
+            f"{before:.4g}), which is kept: give more calibration text (samples), or raise rounding_damping"
+        )
+        for weight in weights.values():
+            weight.unfix()
+        rounded, result.best, result.best_step = {}, before, 0
+    job.run.save("round", _flatten(rounded), vars(result))
+    return result
+
+
+def _fix(weights: Mapping[str, TunableWeight], rounded: Rounded, device: torch.device) -> None:
+    for name, (base, scale, zero_point) in rounded.items():
+        weights[name].fix(base.to(device), scale.to(device), zero_point.to(device))
+
+
+def _flatten(rounded: Rounded) -> dict[str, Tensor]:
+    return {f"{name}/{part}": t for name, parts in rounded.items() for part, t in zip(_PARTS, parts, strict=True)}
+
+
+def _unflatten(tensors: Mapping[str, Tensor]) -> Rounded:
+    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+    parts: Any = {name: tuple(tensors[f"{name}/{part}"] for part in _PARTS) for name in names}
+    return dict(parts)
