@@ -68,8 +68,8 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
     result = LearnResult(before, after, layers, time.monotonic() - started, [(0, before), (layers, after)])
     if not after <= before:
         logger.warning(
-            f"rounding by {s.rounding} does worse on the validation text than rounding to nearest ({after:.4g} against "
-            f"{before:.4g}), which is kept: give more calibration text (samples), or raise rounding_damping"
+            f"rounding by {s.rounding} does worse on the validation text than rounding to nearest "
+            f"({after:.4g} against {before:.4g}), which is kept: give more calibration text (samples), or raise rounding_damping"
         )
         for weight in weights.values():
             weight.unfix()

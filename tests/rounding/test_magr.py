@@ -44,7 +44,7 @@ def test_the_maximum_falls_and_the_output_hardly_changes():
 
 
 def test_uncorrelated_inputs_by_hand():
-    # H = I: the minimum is one proximal step away, a = 0.25 * |w|_1 = 1.375: 3 falls by 1 to 2, then 3 and 2 by 0.1875.
+    # H = I: one proximal step, a = 0.25 * |w|_1 = 1.375. The 3 falls by 1 to 2, then 3 and 2 fall by 0.1875 each.
     weight = torch.tensor([[3.0, -2.0, 0.5]], dtype=torch.float64)
     found = reduce_magnitude(weight, torch.eye(3).double(), 0.25)
     torch.testing.assert_close(found, torch.tensor([[1.8125, -1.8125, 0.5]], dtype=torch.float64))
