@@ -53,7 +53,7 @@ class Case:
 
 CASES = (
     *(Case(recipe, preset, {"recipe": recipe})
-      for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "mobilequant", "best")),
+      for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "gptq", "qqq", "mobilequant", "best")),
     Case("rtn", "w8a8-full", {"recipe": "rtn"}),
     Case("mobilequant", "w8a8-full", {"recipe": "mobilequant"}),
     # The published plan rounds queries and keys to 8 bits before the rotary embedding as well.

@@ -54,7 +54,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         objective: ``"logits_kl"`` or ``"hidden_mse"``.
         tuning: ``"end-to-end"``, ``"block-wise"`` or ``"none"``.
         transforms: sites to transform, any of ``norm_qkv``, ``norm_mlp``, ``up_down``, ``v_o``, ``q_k``.
-        smooth_alpha: SmoothQuant migration strength in [0, 1].
+        smoothing: ``"balance"`` (SmoothQuant) or ``"adaptive"`` (QQQ). smooth_alpha: strength of the former in [0, 1].
         learn_transforms, learn_clips, learn_ranges: what training moves.
         range_init: ``"minmax"``, ``"percentile"`` or ``"mse"``. clip_init: ``"none"`` or ``"mse"``.
         rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.
@@ -98,6 +98,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     objective: str | None = None
     tuning: str | None = None
     transforms: list[str] | tuple[str, ...] | None = None
+    smoothing: str | None = None
     smooth_alpha: float | None = None
     learn_transforms: bool | None = None
     learn_clips: bool | None = None

@@ -14,6 +14,7 @@ from .recipes import (
     RANGE_INITS,
     ROUNDINGS,
     SITES,
+    SMOOTHINGS,
     TEACHER_DTYPES,
     TUNINGS,
 )
@@ -21,6 +22,7 @@ from .recipes import (
 _CHOICES = {
     "objective": OBJECTIVES,
     "tuning": TUNINGS,
+    "smoothing": SMOOTHINGS,
     "range_init": RANGE_INITS,
     "clip_init": CLIP_INITS,
     "rounding": ROUNDINGS,

@@ -13,7 +13,7 @@ from .log import get_logger
 from .prepare import Prepared, nll, prepare
 from .recipes import COMPENSATED
 from .rounding import compensate_rounding
-from .transform import edges_of, smooth_scales
+from .transform import Edge, adaptive_scales, edges_of, smooth_scales
 from .tune import (
     Learnables,
     LearnResult,
@@ -84,9 +84,7 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
     """Stage 20: start values of the transforms, of the activation ranges behind them, and of the clipping."""
     s = job.settings
     edges = edges_of(job.plan.family, job.plan.geometry, s.transforms)
-    learnables = Learnables(
-        student, job.plan, edges, smooth_scales(edges, model, statistics.channel_absmax, s.smooth_alpha or 0.0)
-    )
+    learnables = Learnables(student, job.plan, edges, start_scales(edges, model, student, statistics, job))
     refuse_different(student, model, job.data.validation[:1])
     if (kept := job.run.load("transform")) is not None:
         statistics = Statistics.from_tensors(kept[0])
@@ -98,6 +96,19 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
         learnables.add_clips(s.clip_init)
     learnables.release(student)
     return learnables
+
+
+def start_scales(
+    edges: list[Edge], model: nn.Module, student: nn.Module, statistics: Statistics, job: Prepared
+) -> dict[str, Tensor]:
+    """Stage 15, where it takes long: log-scales that the transforms start from."""
+    if job.settings.smoothing != "adaptive":
+        return smooth_scales(edges, model, statistics.channel_absmax, job.settings.smooth_alpha or 0.0)
+    if (kept := job.run.load("smooth")) is not None:
+        return kept[0]
+    scales = adaptive_scales(edges, student, job.plan, job.data.train, batch_size=job.settings.batch_size)
+    job.run.save("smooth", scales, {})
+    return scales
 
 
 def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:

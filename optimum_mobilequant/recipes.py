@@ -14,6 +14,7 @@ T = TypeVar("T")
 SITES = ("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k")
 OBJECTIVES = ("logits_kl", "hidden_mse")
 TUNINGS = ("end-to-end", "block-wise", "none")
+SMOOTHINGS = ("balance", "adaptive")
 RANGE_INITS = ("minmax", "percentile", "mse")
 CLIP_INITS = ("none", "mse")
 ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
@@ -27,7 +28,8 @@ class Recipe:
 
     Attributes:
         transforms: sites (of `SITES`) where a scale moves between producer and consumer; float outputs do not change.
-        smooth_alpha: SmoothQuant migration strength in [0, 1] that the scales start from; None without transforms.
+        smoothing: where the scales start: SmoothQuant's balance of maxima, or QQQ's adaptive thresholds.
+        smooth_alpha: migration strength in [0, 1] of the balance; None without it.
         learn_transforms, learn_clips, learn_ranges: what training moves: transform scales, weight clipping,
             activation ranges.
         range_init: how an activation range starts from calibration statistics.
@@ -49,6 +51,7 @@ class Recipe:
     name: str
     summary: str
     transforms: tuple[str, ...] = ()
+    smoothing: str = "balance"
     smooth_alpha: float | None = None
     learn_transforms: bool = False
     learn_clips: bool = False
@@ -144,6 +147,21 @@ RECIPES: dict[str, Recipe] = _table(
         learn_clips=True,
         objective="hidden_mse",
         tuning="block-wise",
+    ),
+    Recipe(
+        "gptq",
+        "the rounding error of each weight column spread over the others (GPTQ), static ranges searched",
+        range_init="mse",
+        clip_init="mse",
+        rounding="gptq",
+    ),
+    Recipe(
+        "qqq",
+        "adaptive smoothing, then GPTQ (QQQ with static activations)",
+        transforms=("norm_qkv", "norm_mlp", "up_down", "v_o"),
+        smoothing="adaptive",
+        range_init="mse",
+        rounding="gptq",
     ),
     _MOBILEQUANT,
     replace(

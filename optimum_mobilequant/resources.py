@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .plan import Plan
+from .recipes import COMPENSATED
 from .settings import Settings
 
 
@@ -25,13 +26,20 @@ def memory_estimate(plan: Plan, settings: Settings) -> int:
     tokens = settings.batch_size * settings.seq_len
     sites = 12 * g.hidden + 6 * g.head_dim * (g.heads + g.kv_heads) + 5 * g.mlp
     scores = g.heads * settings.seq_len
+    # GPTQ and Qronos: hidden states of all sequences, the weights in steps, moments and factors in float64.
+    compensated = 0
+    if settings.rounding in COMPENSATED:
+        streams = 2 if settings.rounding == "qronos" else 1
+        compensated = streams * settings.samples * settings.seq_len * g.hidden + layer * g.layers
+        compensated += 10 * max(g.hidden, g.mlp, g.heads * g.head_dim) ** 2
     if not (settings.steps or settings.rounding_steps):
-        return 4 * (layer * (g.layers + 1) + 2 * embedding + tokens * (sites + 4 * scores + 3 * g.vocabulary))
+        plain = layer * (g.layers + 1) + 2 * embedding + tokens * (sites + 4 * scores + 3 * g.vocabulary)
+        return 4 * (plain + compensated)
     kept = 1 if settings.gradient_checkpointing else g.layers
     activations = tokens * (kept * (3 * sites + 2 * scores) + 3 * scores + 10 * g.vocabulary)
     # Learned rounding: the weight in steps, its offset, running mean, best state, two moments and the gradient.
     offsets = 7 * layer * g.layers if settings.rounding_steps else 0
-    return 4 * (layer * (g.layers + kept) + 2 * embedding + activations + offsets)
+    return 4 * (layer * (g.layers + kept) + 2 * embedding + activations + offsets + compensated)
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

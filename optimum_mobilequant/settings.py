@@ -15,8 +15,9 @@ class Settings:
     """Every number a run needs, none of them optional: recipe defaults <- effort <- the user's own values.
 
     Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
-    ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms
-    ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when ``rounding`` is ``"learned"``.
+    ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms,
+    and with adaptive smoothing, ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when ``rounding`` is
+    ``"learned"``.
     """
 
     recipe: str
@@ -29,6 +30,7 @@ class Settings:
     rounding_steps: int
     eval_every: int
     transforms: tuple[str, ...]
+    smoothing: str
     smooth_alpha: float | None
     learn_transforms: bool
     learn_clips: bool
@@ -125,10 +127,24 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
     values["learn_transforms"] = values["learn_transforms"] and bool(values["transforms"])
 
     if not values["transforms"]:
-        for name in ("smooth_alpha", "learn_transforms"):
+        for name in ("smoothing", "smooth_alpha", "learn_transforms"):
             if asked.get(name) not in (None, False):
                 raise ValueError(f'{name}={asked[name]} has no transform to act on; set transforms=["norm_qkv", ...]')
         values["smooth_alpha"] = None
+    elif values["smoothing"] == "adaptive":
+        if "smooth_alpha" in asked:
+            raise ValueError(
+                f'smooth_alpha={asked["smooth_alpha"]} would have no effect: smoothing is "adaptive"; '
+                'set smoothing="balance"'
+            )
+        if "q_k" in values["transforms"]:
+            raise ValueError(
+                'smoothing="adaptive" has no rule for the site q_k; leave q_k out of transforms, '
+                'or set smoothing="balance"'
+            )
+        values["smooth_alpha"] = None
+    elif values["smooth_alpha"] is None and recipe.transforms:
+        raise ValueError(f'smoothing="balance" needs a strength; recipe "{recipe.name}" has none; set smooth_alpha')
     elif values["smooth_alpha"] is None:
         raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
 

@@ -237,7 +237,7 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
     assert (settings.tuning != "none") is trains
     assert (settings.learn_transforms or settings.learn_clips or settings.learn_ranges) is trains
     assert (settings.eval_every > 0) is trains
-    assert (settings.smooth_alpha is None) is (recipe == "rtn")
+    assert (settings.smooth_alpha is None) is (recipe in ("rtn", "gptq", "qqq"))
 
 
 def test_user_values_win_over_effort_and_recipe():

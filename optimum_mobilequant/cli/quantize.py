@@ -24,7 +24,8 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
     parser.add_argument(
         "--recipe",
-        help="mobilequant (the default), rtn, smoothquant, smoothquant-edge, omniquant-static, omniquant-edge or best",
+        help="mobilequant (the default), rtn, smoothquant, smoothquant-edge, omniquant-static, omniquant-edge, gptq, "
+        "qqq or best",
     )
     parser.add_argument("--effort", help="time spent on learning: none, light, default or best")
     parser.add_argument("--run-dir", metavar="DIR", help="keep each stage here; the same command then resumes")

@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from ..checkpoint.pack import input_of
 from ..nn import Mode, set_mode
+from ..nn.capture import Stop, layer_inputs
 from ..nn.modules import QuantLinear
 from ..nn.tunable import TunableWeight
 from ..plan import Plan
-from ..tune.capture import Stop, layer_inputs
 from ..tune.parameters import encode_anew
 from .compensate import Compensation, InputMoments, compensate
 from .magr import reduce_magnitude

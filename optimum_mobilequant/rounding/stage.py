@@ -69,7 +69,8 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
     if not after <= before:
         logger.warning(
             f"rounding by {s.rounding} does worse on the validation text than rounding to nearest "
-            f"({after:.4g} against {before:.4g}), which is kept: give more calibration text (samples), or raise rounding_damping"
+            f"({after:.4g} against {before:.4g}), which is kept: give more calibration text (samples), "
+            "or raise rounding_damping"
         )
         for weight in weights.values():
             weight.unfix()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.capture import layer_inputs
 from ..plan import Plan
-from .capture import layer_inputs
 from .loop import LearnResult, Loss, learn_end_to_end
 from .objective import normalised_mse
 from .parameters import Learnables

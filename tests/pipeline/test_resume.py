@@ -24,6 +24,12 @@ KILLS = {
         ["10_calibrate", "20_transform", "30_learn", "35_round.progress"],
     ),
     "rounded": ("best", "save:round:1", ["10_calibrate", "20_transform", "30_learn", "35_round"]),
+    "smoothed": ("qqq", "save:smooth:1", ["10_calibrate", "15_smooth"]),
+    "layers compensated": (
+        "qqq",
+        "save_progress:round:1",
+        ["10_calibrate", "15_smooth", "20_transform", "30_learn", "35_round.progress"],
+    ),
     "layers learned": ("omniquant-edge", "save:learn:1", ["10_calibrate", "20_transform", "30_learn"]),
 }
 RUN = """
@@ -32,6 +38,7 @@ from dataclasses import replace
 import torch
 torch.set_num_threads(1)
 from optimum_mobilequant import quantize, recipes, run_dir
+from tests.pipeline.test_resume import options_of
 from tests.tiny import build, config
 
 recipes.EFFORTS["light"] = replace(recipes.EFFORTS["light"], eval_every=2)
@@ -63,11 +70,14 @@ for folder, (recipe, where, _) in json.loads(sys.argv[1]).items():
     if child == 0:
         method, stage, nth = where.split(":")
         dying_while_writing(int(nth)) if method == "write" else dying(method, stage, int(nth))
-        more = {"rounding_steps": 4} if recipe == "best" else {}
-        quantize(build("llama-gqa"), None, config("w4a8", recipe=recipe, steps=6, **more), run_dir=folder)
+        quantize(build("llama-gqa"), None, config("w4a8", recipe=recipe, **options_of(recipe)), run_dir=folder)
         os._exit(7)
     print(os.waitpid(child, 0)[1], flush=True)  # a forked child must not inherit unwritten lines
 """
+
+
+def options_of(recipe):
+    return {"best": {"steps": 6, "rounding_steps": 4}, "rtn": {}, "qqq": {"steps": None}}.get(recipe, {"steps": 6})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,9 +90,7 @@ def _frequent_snapshots():
 
 def run(recipe="mobilequant", folder=None, *, model=None, **options):
     model = model if model is not None else build("llama-gqa")
-    if recipe == "best":
-        options = {"rounding_steps": 4} | options
-    options = config("w4a8", recipe=recipe, **({"steps": 6} | options))
+    options = config("w4a8", recipe=recipe, **(options_of(recipe) | options))
     model = quantize(model, None, options, run_dir=None if folder is None else str(folder))
     return model, model.config.quantization_config.recorded
 
@@ -172,8 +180,7 @@ def test_damaged_stage_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["rtn", "mobilequant", "omniquant-edge"])
 def test_two_runs_are_equal(recipe):
-    steps = {"steps": None} if recipe == "rtn" else {}
-    assert_same(run(recipe, **steps), run(recipe, **steps))
+    assert_same(run(recipe), run(recipe))
 
 
 def test_another_seed_gives_another_result():
