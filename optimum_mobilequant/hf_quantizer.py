@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import check_files, scheme_digest, skeleton
@@ -17,11 +16,10 @@ from .families import family_of, geometry_of
 from .hub.tags import add_tags, remove_tags
 from .log import get_logger
 from .plan import Plan, build_plan
+from .registration import METHOD
 from .sources import dataset_record
 
 logger = get_logger(__name__)
-
-METHOD = "mobilequant"
 
 
 class MobileQuantHfQuantizer(HfQuantizer):
@@ -153,13 +151,3 @@ def attach(model: Any, config: MobileQuantConfig) -> None:
     untie(model)
     ignore_sentinel(model, plan)
     add_tags(model, config)
-
-
-def register() -> None:
-    """Register the method with transformers; a second call does nothing."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(MobileQuantConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(MobileQuantHfQuantizer)

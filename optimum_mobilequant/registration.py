@@ -4,6 +4,10 @@ Registering at once would import ``transformers.modeling_utils`` and torch, seco
 or a script that only reads a config does not need. Nothing can be loaded without that module, so registering when it
 has just been executed is early enough. The means is the import system's own: a finder on ``sys.meta_path`` that
 answers for this one module and hands everything else on.
+
+A module of this package may be the one that loads transformers' model code, and is then half imported itself. So what
+is registered at that moment must not import it again: the config, which needs no model code, and a class that stands
+for the quantizer until one is made.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
+METHOD = "mobilequant"
 MODULE = "transformers.modeling_utils"
 
 
@@ -27,9 +33,28 @@ def register_when_loaded() -> None:
 
 
 def _register() -> None:
-    from .hf_quantizer import register
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.quantizers.base import HfQuantizer
 
-    register()
+    from .config import MobileQuantConfig
+
+    class DeferredQuantizer(HfQuantizer):
+        """Making one gives a ``MobileQuantHfQuantizer``."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            from .hf_quantizer import MobileQuantHfQuantizer
+
+            return MobileQuantHfQuantizer(*args, **kwargs)
+
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(MobileQuantConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(DeferredQuantizer)
 
 
 class _Finder(MetaPathFinder):

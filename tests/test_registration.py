@@ -11,7 +11,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as con
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers
 import transformers.modeling_utils
 assert configs["mobilequant"].__name__ == "MobileQuantConfig", configs
-assert quantizers["mobilequant"].__name__ == "MobileQuantHfQuantizer", quantizers
+config = configs["mobilequant"](dataset="calib.txt")
+assert type(quantizers["mobilequant"](config)).__name__ == "MobileQuantHfQuantizer", quantizers
 assert not any(type(finder).__module__.startswith("optimum_mobilequant") for finder in sys.meta_path)
 assert transformers.modeling_utils.__spec__.loader is transformers.modeling_utils.__loader__
 assert "mobilequant" not in type(transformers.modeling_utils.__loader__).__module__
@@ -41,8 +42,12 @@ def test_the_check_of_heavy_modules_can_fail():
         "import transformers.modeling_utils\nimport optimum_mobilequant",
         "import transformers.quantizers.auto\nimport optimum_mobilequant",
         "import optimum_mobilequant.registration as r\nr.register_when_loaded()",
+        # modules of this package that load transformers' model code themselves, and are half imported then
+        "import optimum_mobilequant.hf_quantizer",
+        "import optimum_mobilequant.checkpoint.pack",
+        "from optimum_mobilequant import quantize\nassert callable(sys.modules['optimum_mobilequant.nn'].swap)",
     ],
-    ids=["before", "config", "after", "between", "twice"],
+    ids=["before", "config", "after", "between", "twice", "quantizer", "pack", "quantize"],
 )
 def test_the_method_is_known_in_any_order(imports):
     done = run(imports + IS_THERE)
