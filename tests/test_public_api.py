@@ -7,7 +7,7 @@ import pytest
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import optimum_mobilequant
-from optimum_mobilequant import hf_quantizer
+from optimum_mobilequant import hf_quantizer, registration
 from tests.tiny import run_python
 
 NAMES = [
@@ -52,12 +52,13 @@ def test_unknown_attribute():
 
 def test_method_is_registered_with_transformers():
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["mobilequant"] is optimum_mobilequant.MobileQuantConfig
-    assert AUTO_QUANTIZER_MAPPING["mobilequant"] is hf_quantizer.MobileQuantHfQuantizer
+    made = AUTO_QUANTIZER_MAPPING["mobilequant"](optimum_mobilequant.MobileQuantConfig(dataset="calib.txt"))
+    assert type(made) is hf_quantizer.MobileQuantHfQuantizer
 
 
 def test_registering_again_changes_nothing():
     before = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
-    hf_quantizer.register()
+    registration.register_when_loaded()
     assert (dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)) == before
 
 
@@ -68,7 +69,7 @@ first = dict(sys.modules)
 import importlib
 importlib.reload(optimum_mobilequant)
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
-from transformers.models.auto import configuration_auto
+import transformers.modeling_utils
 heavy = [name for name in ("datasets", "lm_eval", "onnx", "optimum.quanto") if name in first]
 print(json.dumps({"registered": list(table).count("mobilequant"), "heavy": heavy}))
 """
