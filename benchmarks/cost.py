@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import EMBEDDED, cpu_name
+from quality import EMBEDDED
+from table import cpu_name
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging

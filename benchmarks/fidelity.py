@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import EMBEDDED, Text, cpu_name, text_argument
+from quality import EMBEDDED, Text, text_argument
+from table import cpu_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import MobileQuantConfig, quantize

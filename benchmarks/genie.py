@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from quality import cpu_name
+from table import cpu_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import export

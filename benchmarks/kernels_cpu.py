@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import cpu_name
+from table import cpu_name
 from torch import Tensor
 from torch.nn import functional as F
 

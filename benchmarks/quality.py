@@ -14,27 +14,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
-import os
-import platform
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from outliers import inject_outliers
+from table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
-from optimum_mobilequant.prepare import versions
 from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 VARIANTS = ("plain", "injected")
+HEADER = ("model", "variant", "preset", "case", "perplexity", "gap", "minutes")
+FLOAT_ROW = {"perplexity": None, "gap": 0.0, "minutes": 0.0}
 NO_ROW = {"perplexity": None, "gap": None, "minutes": None}
 
 
@@ -100,7 +98,8 @@ def main() -> None:
         "effort": args.effort, "seed": args.seed, "seq_len": args.seq_len, "quick": args.quick,
         "factor": args.factor, "share": args.share,
     }  # fmt: skip
-    table = Table(args.out, settings, append=args.append)
+    keys, about = ("model", "variant", "preset", "case"), {"cases": [asdict(case) for case in CASES]}
+    table = Table(args.out, settings, append=args.append, keys=keys, header=HEADER, cells=cells, about=about)
     missing: dict[str, list[tuple[str, Case]]] = {}
     for name in models:
         wanted = [(v, c) for v in VARIANTS for c in CASES if args.wants(name, v, c.preset, c.name)]
@@ -135,19 +134,20 @@ def measure(
         reference = table.find(name, variant, "float32", "float")
         if reference is None:
             value = score(load(variant))
-            reference = table.add(name, variant, "float32", "float", {"perplexity": value, "gap": 0.0, "minutes": 0.0})
+            reference = table.add(name, variant, "float32", "float", values=FLOAT_ROW | {"perplexity": value})
         try:
             model, minutes = run(load(variant), tokenizer, case, text, args)
         except (FloatingPointError, RuntimeError) as error:  # the library's refusal of a bad result is a result
-            table.add(name, variant, case.preset, case.name, NO_ROW | {"error": str(error)})
+            table.add(name, variant, case.preset, case.name, values=NO_ROW | {"error": str(error)})
             continue
         value = score(model)
         if not math.isfinite(value):
-            table.add(name, variant, case.preset, case.name, NO_ROW | {"error": "the perplexity overflows"})
+            table.add(name, variant, case.preset, case.name, values=NO_ROW | {"error": "the perplexity overflows"})
             continue
         validation = model.config.quantization_config.recorded["validation_perplexity"]
         values = {"perplexity": value, "gap": value / reference["perplexity"] - 1, "minutes": minutes}
-        table.add(name, variant, case.preset, case.name, values | {"validation_perplexity": validation})
+        values |= {"validation_perplexity": validation}
+        table.add(name, variant, case.preset, case.name, values=values)
 
 
 def run(
@@ -165,76 +165,17 @@ def run(
     return model, (time.monotonic() - started) / 60
 
 
-class Table:
-    """The JSON file and its rows; each row knows the run (versions, machine, date) that measured it."""
-
-    def __init__(self, path: Path, settings: dict[str, Any], *, append: bool):
-        self.path = path
-        self.settings = settings
-        self.rows: list[dict[str, Any]] = []
-        self.runs: list[dict[str, Any]] = []
-        self.texts: dict[str, Any] = {}
-        if path.exists():
-            if not append:
-                raise SystemExit(f"{path} exists: give another --out, or --append to add the missing rows")
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["settings"] != settings:
-                raise SystemExit(f"{path} was measured with {stored['settings']}, not {settings}: give another --out")
-            self.rows, self.runs, self.texts = stored["rows"], stored["runs"], stored["texts"]
-        self.runs.append(
-            {
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "cpu": cpu_name(),
-                "threads": torch.get_num_threads(),
-                "versions": versions(),
-            }
-        )
-
-    def use_text(self, model: str, text: dict[str, Any]) -> None:
-        if self.texts.setdefault(model, text) != text:
-            raise SystemExit(f"{self.path} was measured with another text of {model}: {self.texts[model]}")
-
-    def find(self, *key: str) -> dict[str, Any] | None:
-        names = ("model", "variant", "preset", "case")
-        return next((row for row in self.rows if tuple(row[n] for n in names) == key), None)
-
-    def has(self, *key: str) -> bool:
-        return self.find(*key) is not None
-
-    def add(self, model: str, variant: str, preset: str, case: str, values: dict[str, Any]) -> dict[str, Any]:
-        row = {"model": model, "variant": variant, "preset": preset, "case": case, **values}
-        self.rows.append(row | {"run": len(self.runs) - 1})
-        content = {
-            "settings": self.settings,
-            "runs": self.runs,
-            "cases": [asdict(c) for c in CASES],
-            "texts": self.texts,
-            "rows": self.rows,
-        }
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
-        print("  ".join(cells(row)), flush=True)
-        return row
-
-    def markdown(self) -> str:
-        lines = ["| model | variant | preset | case | perplexity | gap | minutes |", "|---|---|---|---|---|---|---|"]
-        return "\n".join(lines + [f"| {' | '.join(cells(row))} |" for row in self.rows])
-
-
 def cells(row: dict[str, Any]) -> list[str]:
     names = [row["model"], row["variant"], row["preset"], row["case"]]
     if row["perplexity"] is None:
         return [*names, "refused", row["error"], ""]
+    return [*names, *cells_of_perplexity(row)]
+
+
+def cells_of_perplexity(row: dict[str, Any]) -> list[str]:
+    """Perplexity, gap and minutes of a row."""
     perplexity_text = f"{row['perplexity']:.4f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.3g}"
-    return [*names, perplexity_text, f"{100 * row['gap']:.2f} %", f"{row['minutes']:.1f}"]
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return [perplexity_text, f"{100 * row['gap']:.2f} %", f"{row['minutes']:.1f}"]
 
 
 def text_argument(argument: str) -> tuple[str, Text]:

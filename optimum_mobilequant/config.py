@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .lookup import lookup, unknown_name
-from .options import check_values, whole
+from .options import check_bits, check_values, whole
 from .settings import Settings, settings_of
 from .sources import dataset_kind, dataset_record
 
@@ -41,8 +41,13 @@ class MobileQuantConfig(QuantizationConfigMixin):
         effort: how much is spent on it, a key of ``optimum_mobilequant.recipes.EFFORTS``.
         seed: seed of data order and training.
         overrides: exceptions to the preset. Keys are ``fnmatch`` patterns of module or tensor names, values hold
-            any of ``weight_bits`` (4 or 8), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"`` or
-            ``"tensor"``) and ``bits`` (activations, 8 or 16). They win over any preset, the paper's included.
+            any of ``weight_bits`` (3, 4, 8 or 16), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"``
+            or ``"tensor"``) and ``bits`` (activations, 8 or 16). They win over any preset, the paper's included.
+        bits: a budget that decides over the weight bits of the projections: ``"auto:1.2GB"`` of saved tensors,
+            ``"auto:4.5"`` bits on average, or ``"auto:device"``, the memory that is free here when the run begins. The
+            result is a set of ``overrides``. None: the preset's bits.
+        sensitivity: what an allocation goes by, ``"hessian"`` (the default), ``"kl"`` or ``"jaccard"``.
+        bit_choices: bits an allocation chooses from, any of 3, 4, 8 and 16; None takes 4 and 8.
         family: architecture family; None derives it from the model.
         target: backend that the result must run on, a key of ``optimum_mobilequant.exporters.targets.TARGETS``. What
             it cannot compute is refused before anything is tuned; nothing else changes. None checks nothing.
@@ -87,6 +92,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
     effort: str = "default"
     seed: int = 0
     overrides: dict[str, dict[str, Any]] | None = None
+    bits: str | None = None
+    sensitivity: str | None = None
+    bit_choices: list[int] | tuple[int, ...] | None = None
     family: str | None = None
     target: str | None = None
     scheme: dict[str, Any] | None = None
@@ -128,8 +136,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             self.run_dir = fspath(self.run_dir)
         if isinstance(self.dataset, PathLike):
             self.dataset = fspath(self.dataset)
-        if isinstance(self.transforms, tuple):
-            self.transforms = list(self.transforms)
+        for name in ("transforms", "bit_choices"):
+            if isinstance(value := getattr(self, name), tuple):
+                setattr(self, name, list(value))
         self.validate()
 
     def validate(self) -> None:
@@ -143,7 +152,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
                 raise ValueError(f"{f.name} must not be None; leave it out for the default")
         check_values({f.name: getattr(self, f.name) for f in fields(self)})
         dataset_kind(self.dataset)
-        self.resolve_scheme()
+        check_bits(self.bits, self.sensitivity, list(self.bit_choices or ()), self.resolve_scheme())
         self.resolve()
 
     def resolve(self) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +13,15 @@ from .recipes import (
     OBJECTIVES,
     RANGE_INITS,
     ROUNDINGS,
+    SENSITIVITIES,
     SITES,
     SMOOTHINGS,
     TEACHER_DTYPES,
     TUNINGS,
 )
+
+if TYPE_CHECKING:
+    from .plan.presets import Scheme
 
 _CHOICES = {
     "objective": OBJECTIVES,
@@ -27,9 +31,11 @@ _CHOICES = {
     "clip_init": CLIP_INITS,
     "rounding": ROUNDINGS,
     "teacher_dtype": TEACHER_DTYPES,
+    "sensitivity": SENSITIVITIES,
 }
+_BITS = (3, 4, 8, 16)  # of matrices
 _OVERRIDES: dict[str, tuple[Any, ...]] = {
-    "weight_bits": (4, 8),
+    "weight_bits": _BITS,
     "weight_symmetric": (True, False),
     "weight_granularity": ("channel", "tensor"),
     "bits": (8, 16),
@@ -46,6 +52,12 @@ def _number(value: Any) -> bool:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _distinct(value: Any, known: tuple[int, ...]) -> bool:
+    """Two or more different ones of ``known``."""
+    numbers = isinstance(value, list) and all(type(item) is int and item in known for item in value)
+    return numbers and len(set(value)) == len(value) > 1
 
 
 # (fields, test, what the value must be); None is checked for nowhere else and always passes
@@ -72,6 +84,12 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "a string",
     ),
     (("transforms",), _strings, "a list of names"),
+    (("bits",), lambda v: isinstance(v, str), 'a string such as "auto:4.5", "auto:1.2GB" or "auto:device"'),
+    (
+        ("bit_choices",),
+        lambda v: _distinct(v, _BITS),
+        f"a list of two or more of {_BITS}, e.g. [4, 8]",
+    ),
     (("overrides", "recorded", "scheme"), lambda v: isinstance(v, dict), "a dict"),
     (
         ("tokenizer",),
@@ -127,3 +145,37 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
             # 1 == True in Python: compare types too
             if not any(value == option and type(value) is type(option) for option in allowed):
                 raise ValueError(f'overrides["{pattern}"]["{key}"] must be one of {allowed}, not {value!r}')
+
+
+def check_bits(bits: str | None, sensitivity: str | None, bit_choices: list[int], scheme: Scheme) -> None:
+    """Check the options of an allocation against each other and the bits of the preset.
+
+    Raises:
+        ValueError: a budget that cannot be read, or a contradiction.
+    """
+    if bits is None:
+        for name, value in (("sensitivity", sensitivity), ("bit_choices", bit_choices)):
+            if value:
+                raise ValueError(f'{name}={value!r} would have no effect: it belongs to bits="auto:..."; set bits')
+        return
+    from .allocate import parse_budget
+    from .allocate.stage import DEFAULT_CHOICES
+
+    budget, choices = parse_budget(bits), sorted(bit_choices or DEFAULT_CHOICES)
+    if budget.kind == "bits" and not min(choices) <= budget.value <= max(choices):
+        raise ValueError(
+            f'bits="{bits}" lies outside bit_choices={choices}: the smallest is "auto:{min(choices)}", the largest '
+            f'"auto:{max(choices)}"; add other bits to bit_choices, or change the budget'
+        )
+    for role in ("attention", "gate", "up", "down"):
+        rule = scheme.weights[role]
+        if rule.granularity == "tensor" and min(choices) < 8:
+            raise ValueError(
+                f"the preset has one scale for a whole {role} matrix, which {min(choices)} bits are too few for; use "
+                'preset="w8a8", or bit_choices=[8, 16]'
+            )
+        if rule.bits not in choices:
+            raise ValueError(
+                f"the preset has {rule.bits}-bit {role} weights, which are not among bit_choices={choices}: use a "
+                f"preset with {' or '.join(map(str, choices))} bits, or add {rule.bits}"
+            )

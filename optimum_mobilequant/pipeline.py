@@ -1,4 +1,4 @@
-"""The method on one page: calibrate, transform, learn, round, fold, pack."""
+"""The method on one page: allocate bits, calibrate, transform, learn, round, fold, pack."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .allocate import allocate_bits
 from .calibrate import Statistics, choose_ranges, collect
 from .checkpoint import Packed, install, pack
 from .config import MobileQuantConfig
@@ -58,6 +59,7 @@ def quantize(
     from .hf_quantizer import attach
 
     with prepare(model, tokenizer, config or MobileQuantConfig(), run_dir) as job:
+        allocate_bits(job)
         student = build_student(model, job.plan, checkpointing=job.settings.gradient_checkpointing)
         statistics = calibrate(student, job)
         learnables = transform(model, student, statistics, job)

@@ -19,6 +19,7 @@ RANGE_INITS = ("minmax", "percentile", "mse")
 CLIP_INITS = ("none", "mse")
 ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
 COMPENSATED = ("gptq", "qronos")  # roundings in closed form
+SENSITIVITIES = ("jaccard", "kl", "hessian")
 TEACHER_DTYPES = ("float32", "bfloat16")
 
 

@@ -28,7 +28,7 @@ from .lookup import lookup
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STAGES = {"calibrate": 10, "smooth": 15, "transform": 20, "learn": 30, "round": 35, "pack": 40}
+STAGES = {"allocate": 5, "calibrate": 10, "smooth": 15, "transform": 20, "learn": 30, "round": 35, "pack": 40}
 _FINGERPRINT = "fingerprint.json"
 _FORMAT_VERSION = "1"
 # Settings that say where things are, or what came out, and not what is computed. The data has a hash of its own.

@@ -78,6 +78,17 @@ def test_quality_measures_what_is_asked_for_and_no_row_twice(run, folder, capsys
     assert "another text" in quality(run, "--append", "--text", "small=evaluation.txt,calibration.txt,9", *wanted)
 
 
+def test_allocation_measures_choices_and_controls(run, folder, capsys):
+    sizes = ["--model", "models/small", "--budgets", 6, "--seq-len", 32, "--samples", 8, "--max-chars", 1000]
+    sizes += ["--dataset", "calibration.txt", "--text", "evaluation.txt"]
+    assert run("allocation.py", "--out", "allocation.json", *sizes) is None
+    rows = json.loads((folder / "allocation.json").read_text())["rows"]
+    assert {row["how"] for row in rows} == {"uniform", "random", "hessian", "kl", "jaccard"}
+    assert all(row["mean_bits"] <= row["budget"] and row["perplexity"] > 1 for row in rows)
+    assert len({tuple(row["chosen"].values()) for row in rows if row["how"] == "random"}) > 1
+    assert "| random | 4, 8 | 6 | 2 |" in capsys.readouterr().out
+
+
 def test_cost_prints_ratios(run, folder, capsys):
     sizes = ["--batch", 2, "--length", 32, "--rounds", 2, "--warmup", 1]
     assert run("cost.py", "--model", "models/small", "--out", "cost.json", *sizes) is None

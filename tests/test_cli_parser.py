@@ -29,11 +29,11 @@ def test_parsing_and_help_load_no_torch():
 
 def test_parser_reads_every_option():
     options = ["--recipe", "rtn", "--effort", "none", "--run-dir", "r", "--seed", "3", "--device", "cuda:1"]
-    options += ["--overwrite", "--traceback", "--set", "a=1", "--set", "b=x"]
+    options += ["--overwrite", "--traceback", "--bits", "auto:4.5", "--set", "a=1", "--set", "b=x"]
     args = cli.build_parser().parse_args(quantize_args("m", "d", "o", *options))
     assert (args.model, args.preset, args.dataset, args.out) == ("m", "w4a8", "d", "o")
     assert (args.recipe, args.effort, args.run_dir, args.seed, args.device) == ("rtn", "none", "r", 3, "cuda:1")
-    assert args.overwrite and args.traceback
+    assert args.overwrite and args.traceback and args.bits == "auto:4.5"
     assert args.fields == [("a", 1), ("b", "x")]
     args = cli.build_parser().parse_args(["eval", "m", "--text", "t", "--seq-len", "64", "--bos", "--json"])
     assert (args.model, args.text, args.seq_len, args.bos, args.json) == ("m", "t", 64, True, True)

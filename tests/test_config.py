@@ -182,7 +182,7 @@ def test_update_sets_all_or_nothing():
         ({"dataset": []}, "dataset is empty"),
         ({"dataset": {"train": ["a"]}}, "pick one"),
         ({"overrides": {"*.up_proj": {"weight_bit": 4}}}, 'did you mean "weight_bits"'),
-        ({"overrides": {"*.up_proj": {"weight_bits": 5}}}, r"must be one of \(4, 8\)"),
+        ({"overrides": {"*.up_proj": {"weight_bits": 5}}}, r"must be one of \(3, 4, 8, 16\)"),
         ({"overrides": {"*.up_proj": {"weight_symmetric": 1}}}, r"must be one of \(True, False\)"),
         ({"overrides": {"*.up_proj": {}}}, "overrides maps patterns"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 
 from .common import AddCommand, check_apart, check_device, check_model, check_output, load, put_in_place
 
-_CONFIG_OPTIONS = ("preset", "dataset", "recipe", "effort", "seed")  # options that are fields of the config
+_CONFIG_OPTIONS = ("preset", "dataset", "recipe", "effort", "seed", "bits")  # options that are fields of the config
 
 
 def register(add: AddCommand) -> None:
@@ -28,6 +28,9 @@ def register(add: AddCommand) -> None:
         "qqq or best",
     )
     parser.add_argument("--effort", help="time spent on learning: none, light, default or best")
+    parser.add_argument(
+        "--bits", metavar="auto:SIZE", help="choose the weight bits of each layer: auto:1.2GB, auto:4.5 or auto:device"
+    )
     parser.add_argument("--run-dir", metavar="DIR", help="keep each stage here; the same command then resumes")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling and learning")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda, cuda:1, ...")

@@ -37,6 +37,7 @@ from ..plan import Plan
 from .folder import write_json
 from .linear_schemes import Scheme, choose_schemes, quantization_config, unserved
 from .options import ExportOptions, ExportResult
+from .source import check_weight_bits
 from .weight_files import Entry, write_weights
 
 logger = get_logger(__name__)
@@ -63,7 +64,7 @@ def export_compressed_tensors(checkpoint: Path, out: Path, options: ExportOption
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: a checkpoint of another method, or a damaged one.
+        ValueError: a checkpoint of another method, or a damaged one; weights of 3 or 16 bits.
     """
     if method_of(checkpoint) == QUANTO:
         raise ValueError(
@@ -72,6 +73,7 @@ def export_compressed_tensors(checkpoint: Path, out: Path, options: ExportOption
         )
     model, config = empty_model(checkpoint)
     plan = plan_of(model, config)
+    check_weight_bits(plan)
     skeleton(model, plan)
     reader = TensorReader(checkpoint)
     check_files(model, map(str, reader.files), config.to_dict(), sentinel_key(plan))

@@ -15,6 +15,9 @@ from ..graph.load import load_graph, method_of
 from ..plan import Plan
 from .options import DEFAULT_CONTEXT, DEFAULT_PROMPT_LENGTH, ExportOptions
 
+# Of matrices; gains have 16.
+EXPORTED_BITS = (4, 8)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -49,10 +52,28 @@ def open_checkpoint(folder: Path) -> Source:
 
     Raises:
         FileNotFoundError: no such folder, or files are missing in it.
-        ValueError: a float model or one of another method; damaged files; scales that are not positive.
+        ValueError: a float model or one of another method; damaged files; scales that are not positive; weights of
+            bits that no exported format has.
     """
     loaded = load_graph(folder)
+    check_weight_bits(loaded.plan)
     return Source(folder, loaded.method, loaded.model, loaded.plan, loaded.graph)
+
+
+def check_weight_bits(plan: Plan) -> None:
+    """Refuse matrices that the exported formats have no integer type for.
+
+    Raises:
+        ValueError: names them and the fix.
+    """
+    odd = [name for name, spec in plan.weights.items() if spec.role != "gain" and spec.rule.bits not in EXPORTED_BITS]
+    if odd:
+        found = sorted({plan.weights[name].rule.bits for name in odd})
+        raise ValueError(
+            f"{', '.join(odd[:3])}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''} have "
+            f"{' or '.join(map(str, found))}-bit weights, which no target of an export computes with "
+            "(they are for storage on CPU and GPU): quantize again with 4 or 8 bits there, e.g. bit_choices=[4, 8]"
+        )
 
 
 def resolve_options(folder: Path, *, context: int | None = None, prompt_length: int | None = None) -> ExportOptions:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import Grid, dequantize
-from ..numerics.packing import pack_int4, unpack_int4, unpack_int4_rows
+from ..numerics.packing import pack_int4, pack_planes, unpack_int4, unpack_int4_rows, unpack_planes, unpack_planes_rows
 from ..plan import WeightRule
 
 
@@ -33,11 +33,14 @@ class QWeight(nn.Module):
     ========================  ==============================================================================
     8-bit symmetric           ``_data`` int8 [out, in], ``_scale`` float32 [out, 1]: quanto ``qint8``
     4-bit                     ``_data._data`` uint8 [ceil(out/2), in], ``_scale``, ``_shift`` uint8: quanto ``qint4``
+    3-bit                     ``_planes`` uint8 [3, ceil(out/8), in], ``_scale``: no quanto type
     8-bit asymmetric          ``_codes`` int8 [out, in], ``_scale``, ``_zero_point`` int32 [out, 1]: no quanto type
+    16-bit                    ``_codes`` int16 [out, in], ``_scale``: no quanto type
     16-bit gain               ``_codes`` int16 [n], ``_scale`` float32 [1]
     ========================  ==============================================================================
 
-    A per-tensor scale is repeated to [out, 1], as quanto's kernels expect.
+    A per-tensor scale is repeated to [out, 1], as quanto's kernels expect. Asymmetric 3- and 16-bit weights have a
+    ``_zero_point`` like 8-bit ones.
 
     Args:
         codes: signed codes, ``[out, in]`` or ``[n]``; values on ``Grid(rule.bits, signed=True)``.
@@ -50,6 +53,7 @@ class QWeight(nn.Module):
     _zero_point: Tensor
     _data: Any
     _codes: Tensor
+    _planes: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, rule: WeightRule):
         super().__init__()
@@ -59,8 +63,9 @@ class QWeight(nn.Module):
             self._data = _Packed(pack_int4(codes))
             self.register_buffer("_shift", (zero_point + 8).to(torch.uint8))
         else:
-            name = "_data" if self.is_quanto else "_codes"
-            setattr(self, name, nn.Parameter(codes.contiguous(), requires_grad=False))
+            name = "_data" if self.is_quanto else "_planes" if rule.bits == 3 else "_codes"
+            stored = pack_planes(codes, 3) if rule.bits == 3 else codes.contiguous()
+            setattr(self, name, nn.Parameter(stored, requires_grad=False))
             if not rule.symmetric:
                 self.register_buffer("_zero_point", zero_point.to(torch.int32))
         self.register_buffer("_scale", scale.float())
@@ -97,6 +102,8 @@ class QWeight(nn.Module):
         """Signed integer codes, ``shape`` of the float weight."""
         if self.rule.bits == 4 and len(self.shape) == 2:
             return unpack_int4(self._data._data, self.shape[0])
+        if self.rule.bits == 3:
+            return unpack_planes(self._planes, self.shape[0])
         return self._data if self.is_quanto else self._codes
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,15 +112,19 @@ class QWeight(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantized rows, float32 ``[*ids.shape, in]``, for an embedding, without touching the other rows."""
-        packed = self.rule.bits == 4
-        codes = unpack_int4_rows(self._data._data, ids, self.shape[0]) if packed else self.codes[ids]
+        if self.rule.bits == 4:
+            codes = unpack_int4_rows(self._data._data, ids, self.shape[0])
+        elif self.rule.bits == 3:
+            codes = unpack_planes_rows(self._planes, ids)
+        else:
+            codes = self.codes[ids]
         return dequantize(codes, self.scale[ids], self.zero_point[ids])
 
     def as_quanto(self) -> Tensor:
         """This weight as an optimum-quanto tensor, sharing the integers.
 
         Raises:
-            ValueError: asymmetric 8-bit weights and norm gains have no quanto type.
+            ValueError: 3-bit, 16-bit and asymmetric 8-bit weights and norm gains have no quanto type.
         """
         from optimum.quanto import qint4, qint8
         from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor

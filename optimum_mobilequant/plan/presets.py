@@ -90,8 +90,8 @@ class Scheme:
                 )
         if bad := {role: bits for role, bits in activations.items() if bits not in (8, 16)}:
             raise ValueError(f"activation bits must be 8 or 16, not {bad}")
-        if bad_rules := {role: rule for role, rule in weights.items() if rule.bits not in (4, 8, 16)}:
-            raise ValueError(f"weight bits must be 4, 8 or 16, not {bad_rules}")
+        if bad_rules := {role: rule for role, rule in weights.items() if rule.bits not in (3, 4, 8, 16)}:
+            raise ValueError(f"weight bits must be 3, 4, 8 or 16, not {bad_rules}")
         units = ("channel", "tensor")
         if bad_rules := {role: rule for role, rule in weights.items() if rule.granularity not in units}:
             raise ValueError(f'weight granularity must be "channel" or "tensor", not {bad_rules}')

@@ -16,12 +16,18 @@ RULES = {
     "int4": (WeightRule(4), (6, 10)),
     "int4 odd rows": (WeightRule(4), (7, 10)),
     "int4 asymmetric": (WeightRule(4, symmetric=False), (7, 10)),
+    "int3": (WeightRule(3), (6, 10)),
+    "int3 asymmetric": (WeightRule(3, symmetric=False), (9, 10)),
+    "int16": (WeightRule(16), (6, 10)),
     "gain": (WeightRule(16, granularity="tensor"), (10,)),
 }
 KEYS = {
     "int8": {"_data": torch.int8, "_scale": torch.float32},
     "int8 asymmetric": {"_codes": torch.int8, "_scale": torch.float32, "_zero_point": torch.int32},
     "int4": {"_data._data": torch.uint8, "_scale": torch.float32, "_shift": torch.uint8},
+    "int3": {"_planes": torch.uint8, "_scale": torch.float32},
+    "int3 asymmetric": {"_planes": torch.uint8, "_scale": torch.float32, "_zero_point": torch.int32},
+    "int16": {"_codes": torch.int16, "_scale": torch.float32},
     "gain": {"_codes": torch.int16, "_scale": torch.float32},
 }
 

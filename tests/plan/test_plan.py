@@ -160,7 +160,7 @@ def test_scheme_survives_json(preset):
         (lambda d: d["activations"].update(extra=8), "unknown \\['extra'\\]"),
         (lambda d: d["weights"].pop("gain"), "missing \\['gain'\\]"),
         (lambda d: d["activations"].update(scores=12), "activation bits must be 8 or 16"),
-        (lambda d: d["weights"]["up"].update(bits=3), "weight bits must be 4, 8 or 16"),
+        (lambda d: d["weights"]["up"].update(bits=5), "weight bits must be 3, 4, 8 or 16"),
     ],
 )
 def test_damaged_scheme_is_refused(damage, message):

@@ -19,6 +19,13 @@ _PRODUCT_FIX = (
 _LINEAR = (
     Rule(
         "linear",
+        {"weight": (3, 16)},
+        REFUSED,
+        "HTP multiplies with weights of 4 or 8 bits",
+        'give these weights 4 or 8 bits, e.g. bit_choices=[4, 8], or overrides={"*_proj": {"weight_bits": 4}}',
+    ),
+    Rule(
+        "linear",
         {"granularity": ("block",)},
         REFUSED,
         "HTP multiplies with one scale for each output channel, or for the whole tensor",
