@@ -69,7 +69,9 @@ def test_quality_measures_what_is_asked_for_and_no_row_twice(run, folder, capsys
     assert sorted(added) == [
         ("injected", "w8a8", "8-bit q/k"),
         ("injected", "w8a8", "best"),
+        ("injected", "w8a8", "gptq"),
         ("injected", "w8a8", "mobilequant"),
+        ("injected", "w8a8", "qqq"),
         ("injected", "w8a8", "smoothquant-edge"),
         ("plain", "float32", "float"),
         ("plain", "w4a8", "block-wise"),
