@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
@@ -27,6 +28,39 @@ def wheel(tmp_path_factory):
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Wheel and sdist, built twice."""
+    pytest.importorskip("hatchling", reason='the build backend is missing: pip install "optimum-mobilequant[dev]"')
+    folders = [tmp_path_factory.mktemp("built") for _ in range(2)]
+    for folder in folders:
+        command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folders
+
+
+def test_builds_are_reproducible(built):
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in built)
+    assert sorted(path.rsplit(".", 1)[1] for path in first) == ["gz", "whl"]
+    assert first == second
+
+
+def test_the_index_takes_wheel_and_sdist(built):
+    pytest.importorskip("twine", reason='the check of packages is missing: pip install "optimum-mobilequant[dev]"')
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built[0].iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
+def test_the_sdist_is_the_checkout_without_the_rest(built):
+    (path,) = built[0].glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"} <= names
+    assert {"examples/demo_model/model.safetensors", "tests/tiny.py"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith((".git/", ".venv"))]
 
 
 def metadata(wheel, name):
