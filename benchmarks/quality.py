@@ -46,7 +46,7 @@ class Case:
 
     @property
     def learns(self) -> bool:
-        return self.options["recipe"] in ("mobilequant", "best")
+        return self.options["recipe"] in ("mobilequant", "best", "qad")
 
 
 CASES = (
@@ -63,6 +63,10 @@ CASES = (
     Case("fixed ranges", "w4a8", {"recipe": "mobilequant", "learn_ranges": False}),
     Case("hidden-state objective", "w4a8", {"recipe": "mobilequant", "objective": "hidden_mse"}),
     Case("block-wise", "w4a8", {"recipe": "mobilequant", "tuning": "block-wise"}),
+    # What comes behind the rounding, and calibration without any text.
+    Case("qad", "w4a8", {"recipe": "qad"}),
+    Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
+    Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
 )  # fmt: skip
 
 
@@ -157,9 +161,11 @@ def run(
     options: dict[str, Any] = {"dataset": text.calibration, "bos": False, "seq_len": args.seq_len, "seed": args.seed}
     if args.quick:
         options |= {"samples": 8, "steps": 4 if case.learns else None}
-        if case.options["recipe"] == "best":
+        if case.options["recipe"] in ("best", "qad"):
             options["rounding_steps"] = 4
-    config = MobileQuantConfig(case.preset, effort=args.effort, **options, **case.options)
+        if case.options["recipe"] == "qad" or "finetune" in case.options:
+            options["finetune_steps"] = 4
+    config = MobileQuantConfig(case.preset, effort=args.effort, **{**options, **case.options})
     started = time.monotonic()
     model = quantize(model, tokenizer, config)
     return model, (time.monotonic() - started) / 60

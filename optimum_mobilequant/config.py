@@ -31,9 +31,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
 
     Args:
         preset: bits of every tensor, a key of ``optimum_mobilequant.plan.PRESETS``.
-        dataset: calibration text: ``"python-stdlib"``, a Hub dataset ``"owner/name"`` or ``"owner/name:config"``, the
-            path of a ``.txt``, ``.jsonl`` or ``.parquet`` file, a list of texts, a list of token id sequences, or a
-            ``datasets.Dataset``. Shared, never copied; only its name (or count and hash) is saved.
+        dataset: calibration text: ``"python-stdlib"``, ``"self"`` (the model writes it), a Hub dataset
+            ``"owner/name"`` or ``"owner/name:config"``, the path of a ``.txt``, ``.jsonl`` or ``.parquet`` file, a
+            list of texts, a list of token id sequences, or a ``datasets.Dataset``. Shared, never copied; only its
+            name (or count and hash) is saved.
         dataset_split: split of a named dataset; None takes ``"train"``.
         text_column: column that holds the text; None takes ``"text"``, then ``"input_ids"``.
         tokenizer: tokenizer object or name; None loads the one that belongs to the model.
@@ -69,6 +70,18 @@ class MobileQuantConfig(QuantizationConfigMixin):
         rounding_act_order: round the columns with the largest inputs first. rounding_block: columns at a time.
         lr_transforms, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
+        finetune: what is trained behind the rounding: ``"none"``, ``"scales"`` (row scales, activation ranges, norm
+            gains and biases, the integers of the matrices frozen) or ``"qad"`` (the weights as well, by low-rank
+            offsets inside the rounding). finetune_steps: optimiser steps on the logits. feature_steps: on hidden
+            states, before those.
+        finetune_dataset, finetune_split, finetune_samples: text for it, as ``dataset``; None takes the calibration
+            text. Validation stays on the latter.
+        teachers: models to imitate while fine-tuning, of the same vocabulary: names or folders, ``"float"`` for the
+            model itself, or ``{"model": name, "weight": number}``; weights are relative. None means ``["float"]``.
+        adapter_rank: rank of the offsets of ``"qad"``. lr_adapters: their learning rate; lr_finetune: that of norm
+            gains and biases.
+        cross_entropy, temperature, attention_alignment, attention_entropy, token_share: the loss of fine-tuning, see
+            ``optimum_mobilequant.tune.distill.Terms``.
         gradient_checkpointing: recompute each layer in the backward pass: a third more time for a fraction of the
             memory, the same result bit for bit. None recomputes.
         teacher_dtype: ``"float32"`` or ``"bfloat16"``.
@@ -125,6 +138,21 @@ class MobileQuantConfig(QuantizationConfigMixin):
     lr_offsets: float | None = None
     lr_gains: float | None = None
     top_k: int | None = None
+    finetune: str | None = None
+    finetune_steps: int | None = None
+    feature_steps: int | None = None
+    finetune_dataset: Any = None
+    finetune_split: str | None = None
+    finetune_samples: int | None = None
+    teachers: list[str | dict[str, Any]] | tuple[str | dict[str, Any], ...] | None = None
+    adapter_rank: int | None = None
+    lr_adapters: float | None = None
+    lr_finetune: float | None = None
+    cross_entropy: float | None = None
+    temperature: float | None = None
+    attention_alignment: float | None = None
+    attention_entropy: float | None = None
+    token_share: float | None = None
     gradient_checkpointing: bool | None = None
     teacher_dtype: str = "float32"
     device: str | None = None
@@ -136,7 +164,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             self.run_dir = fspath(self.run_dir)
         if isinstance(self.dataset, PathLike):
             self.dataset = fspath(self.dataset)
-        for name in ("transforms", "bit_choices"):
+        if isinstance(self.finetune_dataset, PathLike):
+            self.finetune_dataset = fspath(self.finetune_dataset)
+        for name in ("transforms", "bit_choices", "teachers"):
             if isinstance(value := getattr(self, name), tuple):
                 setattr(self, name, list(value))
         self.validate()
@@ -152,6 +182,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
                 raise ValueError(f"{f.name} must not be None; leave it out for the default")
         check_values({f.name: getattr(self, f.name) for f in fields(self)})
         dataset_kind(self.dataset)
+        dataset_kind(self.finetune_dataset)
         check_bits(self.bits, self.sensitivity, list(self.bit_choices or ()), self.resolve_scheme())
         self.resolve()
 
@@ -164,7 +195,18 @@ class MobileQuantConfig(QuantizationConfigMixin):
         choices = {f.name: getattr(self, f.name) for f in fields(self) if f.name in Settings.__dataclass_fields__}
         for name in ("recipe", "effort", "seed"):
             del choices[name]
-        return settings_of(self.recipe, self.effort, choices, seed=self.seed)
+        settings = settings_of(self.recipe, self.effort, choices, seed=self.seed)
+        if settings.finetune == "none":
+            for name in ("finetune_dataset", "teachers"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f'{name} would have no effect: nothing is fine-tuned; set finetune="scales" or "qad"'
+                    )
+        if self.finetune_dataset is None:
+            for name in ("finetune_split", "finetune_samples"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} would have no effect: it belongs to finetune_dataset, which is not set")
+        return settings
 
     def resolve_scheme(self) -> Scheme:
         """Bits of every role: the stored ``scheme`` if there is one, else the table's row for ``preset``.
@@ -235,7 +277,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         a tokenizer by its name or None.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["dataset"] = dataset_record(self.dataset)
+        for name in ("dataset", "finetune_dataset"):
+            values[name] = dataset_record(values[name])
         if not isinstance(self.tokenizer, str):
             values["tokenizer"] = getattr(self.tokenizer, "name_or_path", None) or None
         values["scheme"] = self.resolve_scheme().to_dict()
@@ -261,7 +304,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MobileQuantConfig:
         # transformers deep-copies configs; a corpus or tokenizer must neither be duplicated nor fail to copy
-        memo |= {id(shared): shared for shared in (self.dataset, self.tokenizer)}
+        memo |= {id(shared): shared for shared in (self.dataset, self.finetune_dataset, self.tokenizer)}
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))

@@ -117,6 +117,19 @@ def _tokenised(
         prefix = ()
 
 
+def held_out_of(samples: int) -> int:
+    """Validation sequences that go with so many training sequences."""
+    return max(2, samples // 8)
+
+
+def sha256_of(*parts: torch.Tensor) -> str:
+    """Hash of shapes and contents."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(tuple(part.shape)).encode() + part.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def calibration_data(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -149,7 +162,7 @@ def calibration_data(
     """
     if samples < 1 or seq_len < 2:
         raise ValueError(f"samples must be at least 1 and seq_len at least 2, not {samples} and {seq_len}")
-    held_out = max(2, samples // 8)
+    held_out = held_out_of(samples)
     wanted = samples + held_out
     stream = token_stream(
         dataset,
@@ -179,13 +192,10 @@ def calibration_data(
         part[torch.randperm(part.shape[0], generator=generator)[:size]].clone()
         for part, size in ((chunks[: count - tail], samples), (chunks[count - tail :], held_out))
     )
-    digest = hashlib.sha256()
-    for part in (train, validation):
-        digest.update(repr(tuple(part.shape)).encode() + part.numpy().tobytes())
     source = f'"{dataset}"' if dataset_kind(dataset) == "name" else f"given {dataset_kind(dataset)}"
     description = (
         f"{source}: {train.shape[0]} training and {validation.shape[0]} validation sequences of {seq_len} tokens, "
         f"from {'all' if stream.complete else 'the first'} {stream.ids.numel()} tokens of {stream.documents} "
         f"document{'s' * (stream.documents != 1)}, {'BOS before each document' if stream.bos else 'no BOS added'}"
     )
-    return CalibrationData(train, validation, digest.hexdigest(), description)
+    return CalibrationData(train, validation, sha256_of(train, validation), description)

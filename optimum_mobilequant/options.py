@@ -10,6 +10,7 @@ import torch
 from .lookup import lookup, unknown_name
 from .recipes import (
     CLIP_INITS,
+    FINETUNES,
     OBJECTIVES,
     RANGE_INITS,
     ROUNDINGS,
@@ -30,6 +31,7 @@ _CHOICES = {
     "range_init": RANGE_INITS,
     "clip_init": CLIP_INITS,
     "rounding": ROUNDINGS,
+    "finetune": FINETUNES,
     "teacher_dtype": TEACHER_DTYPES,
     "sensitivity": SENSITIVITIES,
 }
@@ -60,18 +62,48 @@ def _distinct(value: Any, known: tuple[int, ...]) -> bool:
     return numbers and len(set(value)) == len(value) > 1
 
 
+def _teachers(value: Any) -> bool:
+    def passes(row: Any) -> bool:
+        if isinstance(row, dict) and row.keys() <= {"model", "weight"} and "model" in row:
+            weight = row.get("weight", 1.0)
+            return passes(row["model"]) and _number(weight) and 0 < weight < float("inf")
+        return isinstance(row, str) and bool(row)
+
+    return isinstance(value, list) and bool(value) and all(passes(row) for row in value)
+
+
 # (fields, test, what the value must be); None is checked for nowhere else and always passes
 _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("samples", "batch_size", "top_k", "rounding_block"), whole(1), "a whole number from 1"),
-    (("seq_len",), whole(2), "a whole number from 2"),
-    (("steps", "rounding_steps", "seed"), whole(0), "a whole number from 0"),
     (
-        ("lr_transforms", "lr_clips", "lr_ranges", "lr_offsets", "lr_gains"),
+        ("samples", "batch_size", "top_k", "rounding_block", "adapter_rank", "finetune_samples"),
+        whole(1),
+        "a whole number from 1",
+    ),
+    (("seq_len",), whole(2), "a whole number from 2"),
+    (
+        ("steps", "rounding_steps", "finetune_steps", "feature_steps", "seed"),
+        whole(0),
+        "a whole number from 0",
+    ),
+    (
+        ("lr_transforms", "lr_clips", "lr_ranges", "lr_offsets", "lr_gains", "lr_adapters", "lr_finetune"),
         lambda v: _number(v) and 0 < v < 10,
         "a number in (0, 10)",
     ),
     (("rounding_damping",), lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1]"),
-    (("smooth_alpha",), lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    (("smooth_alpha", "cross_entropy"), lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    (("token_share",), lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    (("temperature",), lambda v: _number(v) and 0.1 <= v <= 100, "a number in [0.1, 100]"),
+    (
+        ("attention_alignment", "attention_entropy"),
+        lambda v: _number(v) and 0 <= v <= 100,
+        "a number in [0, 100]",
+    ),
+    (
+        ("teachers",),
+        _teachers,
+        'a list of "float" (the model itself), model names, or {"model": name, "weight": positive number}',
+    ),
     (
         ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing", "magr", "rounding_act_order"),
         lambda v: isinstance(v, bool),
@@ -79,7 +111,7 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("bos",), lambda v: isinstance(v, bool) or v == "auto", '"auto", True or False'),
     (
-        ("device", "family", "run_dir", "dataset_split", "text_column", "target"),
+        ("device", "family", "run_dir", "dataset_split", "text_column", "target", "finetune_split"),
         lambda v: isinstance(v, str),
         "a string",
     ),

@@ -1,7 +1,8 @@
-"""The method on one page: allocate bits, calibrate, transform, learn, round, fold, pack."""
+"""The method on one page: allocate bits, calibrate, transform, learn, round, fine-tune, fold, pack."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .recipes import COMPENSATED
 from .rounding import compensate_rounding
 from .transform import Edge, adaptive_scales, edges_of, smooth_scales
 from .tune import (
+    Finetune,
     Learnables,
     LearnResult,
     Rounding,
@@ -24,6 +26,8 @@ from .tune import (
     learn_end_to_end,
     refuse_different,
 )
+from .tune.distill import distillation_losses
+from .tune.loop import Loss, Trainable, mean_loss
 from .tune.objective import make_objective
 
 if TYPE_CHECKING:
@@ -65,10 +69,11 @@ def quantize(
         learnables = transform(model, student, statistics, job)
         result = learn(model, student, learnables, job)
         rounded = round_weights(model, student, learnables, job)
+        finetuned = finetune(model, student, learnables, job)
         packed = fold_and_round(student, job)
         del student, learnables
         install(model, job.plan, packed)
-        job.record(result, rounded, nll(model, job.data.validation, job.settings.batch_size))
+        job.record(result, rounded, finetuned, nll(model, job.data.validation, job.settings.batch_size))
     attach(model, job.config)
     return model
 
@@ -93,7 +98,9 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
     elif edges:
         statistics = collect(student, job.data.train, batch_size=s.batch_size, description="calibrate again")
         job.run.save("transform", statistics.to_tensors(), {})
-    learnables.set_ranges(student, choose_ranges(job.plan, statistics, s.range_init), learn=s.learn_ranges)
+    learnables.set_ranges(
+        student, choose_ranges(job.plan, statistics, s.range_init), learn=s.learn_ranges or s.finetune_ranges
+    )
     if s.learn_clips or s.clip_init != "none":
         learnables.add_clips(s.clip_init)
     learnables.release(student)
@@ -168,28 +175,83 @@ def learn_rounding(model: nn.Module, student: nn.Module, learnables: Learnables,
         return None
     rounding = Rounding(student, learnables)
     objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
-    if (kept := job.run.load("round")) is not None:
-        rounding.load_state_dict(kept[0])
+    result = train_stage(
+        "round",
+        rounding,
+        student,
+        lambda ids: objective(student, model, ids),
+        job.data.train,
+        job,
+        steps=s.rounding_steps,
+        rates=job.rounding_rates,
+        seed=s.seed + 1,
+    )
+    result.refuse_if_worse()
+    return result
+
+
+def finetune(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:
+    """Stages 37 and 38: distil from the teachers, on hidden states and then on logits. None where that is off."""
+    s = job.settings
+    if s.finetune == "none":
+        return None
+    tuned = Finetune(student, learnables, rank=s.adapter_rank if s.finetune == "qad" else None, seed=s.seed)
+    losses = distillation_losses(model, job.plan, s, [(t.module(model), t.weight) for t in job.teachers])
+    phases = {"features": s.feature_steps, "finetune": s.finetune_steps}
+    start = mean_loss(tuned, student, partial(losses["finetune"], student), job.data.validation, s.batch_size)
+    for number, (stage, steps) in enumerate(phases.items()):
+        if not steps:
+            continue
+        result = train_stage(
+            stage,
+            tuned,
+            student,
+            partial(losses[stage], student),
+            job.finetune_ids,
+            job,
+            steps=steps,
+            rates=job.finetune_rates,
+            seed=s.seed + 2 + number,
+        )
+    result.start = start  # steps on hidden states may have cost more than those on logits brought back
+    result.refuse_if_worse()
+    return result
+
+
+def train_stage(
+    stage: str,
+    parameters: Trainable,
+    student: nn.Module,
+    loss_of: Loss,
+    ids: Tensor,
+    job: Prepared,
+    *,
+    steps: int,
+    rates: dict[str, float],
+    seed: int,
+) -> LearnResult:
+    """Train ``parameters`` end to end on ``ids``, or take what the run's folder holds of that stage."""
+    if (kept := job.run.load(stage)) is not None:
+        parameters.load_state_dict(kept[0])
         result = LearnResult.from_dict(kept[1])
     else:
         result = learn_end_to_end(
-            rounding,
+            parameters,
             student,
-            lambda ids: objective(student, model, ids),
-            job.data.train,
+            loss_of,
+            ids,
             job.data.validation,
-            steps=s.rounding_steps,
-            batch_size=s.batch_size,
-            eval_every=s.eval_every,
-            rates=job.rounding_rates,
-            seed=s.seed + 1,
-            resume=job.run.load_progress("round"),
-            snapshot=lambda tensors, meta: job.run.save_progress("round", tensors, meta),
-            description="round",
+            steps=steps,
+            batch_size=job.settings.batch_size,
+            eval_every=job.settings.eval_every,
+            rates=rates,
+            seed=seed,
+            resume=job.run.load_progress(stage),
+            snapshot=lambda tensors, meta: job.run.save_progress(stage, tensors, meta),
+            description=stage,
         )
-    job.run.save("round", rounding.state_dict(), vars(result))
-    rounding.release(student)
-    result.refuse_if_worse()
+    job.run.save(stage, parameters.state_dict(), vars(result))
+    parameters.release(student)
     return result
 
 

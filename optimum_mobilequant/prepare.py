@@ -19,16 +19,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .config import MobileQuantConfig
-from .data import CalibrationData, calibration_data
+from .data import CalibrationData
 from .evaluate.perplexity import exp_or_inf
 from .families import family_of, geometry_of
 from .hub.names import hub_id_of
 from .log import get_logger
+from .overlap import passages_of
 from .plan import Plan, build_plan
 from .resources import memory_estimate, peak_memory
-from .run_dir import RunDirectory, fingerprint_of
+from .run_data import RunData, peek, run_data, tokenizer_of
+from .run_dir import RunDirectory, fingerprint_of, weights_digest
 from .settings import Settings
-from .sources import dataset_kind, iter_documents
+from .teachers import FLOAT, Teacher, load_teachers
 from .tune import LearnResult
 
 if TYPE_CHECKING:
@@ -46,10 +48,14 @@ class Prepared:
     config: MobileQuantConfig
     settings: Settings
     plan: Plan
-    data: CalibrationData
+    source: RunData
+    teachers: list[Teacher]
     run: RunDirectory
     started: float = field(default_factory=time.monotonic)
     recorded: dict[str, Any] = field(default_factory=dict)
+
+    data: CalibrationData = field(init=False)
+    finetune_ids: Tensor = field(init=False)
 
     def __enter__(self) -> Prepared:
         self.float_nll = self.start_nll = math.nan
@@ -67,13 +73,15 @@ class Prepared:
             logger.info(f"working in float32; the model came in {self.model.dtype}")
         try:
             self._move(self.config.device or self.model.device, torch.float32)
+            self.model.eval()
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+            self.data, self.finetune_ids = self.source.settle(self.model, self.run)
         except BaseException as error:  # out of memory: `with` calls no __exit__ for a failed __enter__
             self.__exit__(type(error), error, None)
             raise
-        self.model.eval()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        estimate = memory_estimate(self.plan, self.settings)
+        others = [p for teacher in self.teachers if teacher.model is not None for p in teacher.model.parameters()]
+        estimate = memory_estimate(self.plan, self.settings) + 4 * sum(p.numel() for p in others)
         self.recorded["memory_estimate_bytes"] = estimate
         logger.info(f"about {estimate / 2**30:.2f} GiB of memory will be used; {self.data.description}")
         return self
@@ -110,6 +118,18 @@ class Prepared:
         s = self.settings
         return {"offsets": s.lr_offsets, "gains": s.lr_gains, "ranges": s.lr_ranges / 3 if s.learn_ranges else 0.0}
 
+    @property
+    def finetune_rates(self) -> dict[str, float]:
+        """As :attr:`rates`, while fine-tuning; ``adapters`` have no parameters where the integers are frozen."""
+        s = self.settings
+        return {
+            "adapters": s.lr_adapters,
+            "gains": s.lr_gains,
+            "norms": s.lr_finetune,
+            "biases": s.lr_finetune,
+            "ranges": s.lr_ranges / 3 if s.finetune_ranges else 0.0,
+        }
+
     def before(self, student: nn.Module) -> None:
         """Measure the float model and the untuned student on the validation text."""
         self.float_nll = nll(self.model, self.data.validation, self.settings.batch_size)
@@ -120,14 +140,21 @@ class Prepared:
             f"validation perplexity: float {exp_or_inf(self.float_nll):.4f}, start {exp_or_inf(self.start_nll):.4f}"
         )
 
-    def record(self, result: LearnResult, rounded: LearnResult | None, final_nll: float) -> None:
+    def record(
+        self, result: LearnResult, rounded: LearnResult | None, finetuned: LearnResult | None, final_nll: float
+    ) -> None:
         """Fill ``config.recorded`` with what the run measured."""
+
+        def without_time(found: LearnResult | None) -> dict[str, Any] | None:
+            return None if found is None else {k: v for k, v in vars(found).items() if k != "seconds"}
+
         peak = peak_memory(self.config.device or self._device)
         self.recorded |= {
             "versions": versions(),
             "base_model": hub_id_of(getattr(self.model.config, "_name_or_path", None)),
             "data": self.data.description,
             "data_sha256": self.data.sha256,
+            "passages": passages_of([*self.data.train, *self.data.validation, *self.finetune_ids]),
             "validation_perplexity": {
                 "float": exp_or_inf(self.float_nll),
                 "start": exp_or_inf(self.start_nll),
@@ -136,7 +163,8 @@ class Prepared:
             "loss": {"objective": self.settings.objective, "start": result.start, "best": result.best},
             "best_step": result.best_step,
             "history": result.history,
-            "rounding": None if rounded is None else {k: v for k, v in vars(rounded).items() if k != "seconds"},
+            "rounding": without_time(rounded),
+            "finetune": without_time(finetuned),
             "minutes": round((time.monotonic() - self.started) / 60, 3),
             "peak_memory_bytes": peak,
         }
@@ -186,28 +214,20 @@ def prepare(
         from .exporters.targets import TARGETS, check_plan
 
         check_plan(model, plan, TARGETS[config.target])
-    # A name with a slip in it, or the record of a saved config: say so before looking for a tokenizer.
-    next(iter_documents(config.dataset, split=config.dataset_split, text_column=config.text_column), None)
+    peek(config)  # before looking for a tokenizer
     if tokenizer is None:
-        tokenizer = _tokenizer_of(model, config)
+        tokenizer = tokenizer_of(model, config)
     positions = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
     settings = replace(settings, seq_len=min(settings.seq_len, positions))
-    data = calibration_data(
-        config.dataset,
-        tokenizer,
-        samples=settings.samples,
-        seq_len=settings.seq_len,
-        seed=settings.seed,
-        bos=config.bos,
-        split=config.dataset_split,
-        text_column=config.text_column,
-        vocab_size=geometry.vocabulary,
-    )
+    tunes = settings.finetune != "none"
+    teachers = load_teachers(config.teachers, model, tokenizer, seq_len=settings.seq_len) if tunes else []
+    source = run_data(model, tokenizer, config, settings)
     chosen = run_dir if run_dir is not None else config.run_dir
     fingerprint = {}
     if chosen is not None:
-        fingerprint = fingerprint_of(model, data.sha256, config.to_dict())
-    return Prepared(model, config, settings, plan, data, RunDirectory.open(chosen, fingerprint))
+        others = {FLOAT if t.model is None else weights_digest(t.model): t.weight for t in teachers}
+        fingerprint = fingerprint_of(model, source.sha256, config.to_dict(), others)
+    return Prepared(model, config, settings, plan, source, teachers, RunDirectory.open(chosen, fingerprint))
 
 
 def check_model(model: nn.Module) -> None:
@@ -255,23 +275,6 @@ def check_device(device: torch.device | str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch's words for "not built in" and "no such card"
         reason = str(error).partition("\n")[0]
         raise ValueError(f'device "{device}" cannot be used here ({reason}); use another one') from error
-
-
-def _tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTrainedTokenizerBase | None:
-    given = config.tokenizer
-    if given is not None and not isinstance(given, str):
-        return given
-    if dataset_kind(config.dataset) == "ids":
-        return None
-    from transformers import AutoTokenizer
-
-    name = given or model.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f'no tokenizer could be loaded from "{name}"; pass tokenizer=... (an object or a name)'
-        ) from error
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ CLIP_INITS = ("none", "mse")
 ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
 COMPENSATED = ("gptq", "qronos")  # roundings in closed form
 SENSITIVITIES = ("jaccard", "kl", "hessian")
+FINETUNES = ("none", "scales", "qad")
 TEACHER_DTYPES = ("float32", "bfloat16")
 
 
@@ -46,6 +47,12 @@ class Recipe:
         lr_offsets, lr_gains: of learned rounding, in steps of the grid and in logarithms of a row's scale; activation
             ranges move on at ``lr_ranges / 3``.
         top_k: teacher logits per token that enter ``logits_kl`` one by one; the rest is one bucket.
+        finetune: what is trained behind the rounding: nothing, all but the integers, or these too (distillation).
+        adapter_rank, lr_adapters: of the low-rank offsets of ``"qad"``, in steps of the grid.
+        lr_finetune: of norm gains (logarithms) and biases (255ths of the range of what they are added to) while
+            fine-tuning; rows' scales move at ``lr_gains``, activation ranges at ``lr_ranges / 3``.
+        cross_entropy, temperature, attention_alignment, attention_entropy, token_share: see ``tune.distill.Terms``.
+        feature_steps: optimiser steps of ``"qad"`` on hidden states, before those on logits.
         summary: one line for ``--help`` and the documentation.
     """
 
@@ -72,6 +79,16 @@ class Recipe:
     lr_offsets: float = 1e-2
     lr_gains: float = 1e-3
     top_k: int = 1024
+    finetune: str = "none"
+    adapter_rank: int = 32
+    lr_adapters: float = 1e-3
+    lr_finetune: float = 1e-3
+    cross_entropy: float = 0.0
+    temperature: float = 1.0
+    attention_alignment: float = 0.0
+    attention_entropy: float = 0.0
+    token_share: float = 1.0
+    feature_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class Effort:
         steps: optimiser steps (for each layer when tuning block-wise); 0 trains nothing.
         rounding_steps: optimiser steps of learned rounding.
         eval_every: steps between two measurements on the validation sequences; 0 without training.
+        finetune_steps: optimiser steps of fine-tuning.
+        finetune_samples: sequences drawn for it, where it has a dataset of its own.
     """
 
     name: str
@@ -95,6 +114,8 @@ class Effort:
     steps: int
     rounding_steps: int
     eval_every: int
+    finetune_steps: int = 0
+    finetune_samples: int = 1024
 
 
 def _table(*rows: T) -> dict[str, T]:
@@ -171,11 +192,29 @@ RECIPES: dict[str, Recipe] = _table(
         summary="mobilequant, then the rounding of every weight learned end to end",
         rounding="learned",
     ),
+    replace(
+        _MOBILEQUANT,
+        name="qad",
+        summary="best, then quantization-aware distillation with low-rank weight updates",
+        rounding="learned",
+        finetune="qad",
+    ),
 )
 
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0, 0),
-    Effort("light", "a first look", 128, 256, 8, 60, 60, 20),
-    Effort("default", "the usual trade", 320, 256, 8, 200, 200, 25),
-    Effort("best", "when the result matters more than the wait", 1024, 1024, 8, 2000, 2000, 100),
+    Effort("light", "a first look", 128, 256, 8, 60, 60, 20, finetune_steps=60, finetune_samples=256),
+    Effort("default", "the usual trade", 320, 256, 8, 200, 200, 25, finetune_steps=400),
+    Effort(
+        "best",
+        "when the result matters more than the wait",
+        1024,
+        1024,
+        8,
+        2000,
+        2000,
+        100,
+        finetune_steps=6000,
+        finetune_samples=4096,
+    ),
 )

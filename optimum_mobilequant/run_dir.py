@@ -28,7 +28,19 @@ from .lookup import lookup
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STAGES = {"allocate": 5, "calibrate": 10, "smooth": 15, "transform": 20, "learn": 30, "round": 35, "pack": 40}
+STAGES = {
+    "write": 2,
+    "write_more": 3,
+    "allocate": 5,
+    "calibrate": 10,
+    "smooth": 15,
+    "transform": 20,
+    "learn": 30,
+    "round": 35,
+    "features": 37,
+    "finetune": 38,
+    "pack": 40,
+}
 _FINGERPRINT = "fingerprint.json"
 _FORMAT_VERSION = "1"
 # Settings that say where things are, or what came out, and not what is computed. The data has a hash of its own.
@@ -38,6 +50,9 @@ _NOT_COMPUTED_FROM = {
     "recorded",
     "dataset",
     "dataset_split",
+    "finetune_dataset",
+    "finetune_split",
+    "teachers",  # have hashes of their own
     "text_column",
     "tokenizer",
     "target",  # refuses a run, changes none
@@ -54,17 +69,40 @@ _NOT_ARCHITECTURE = {
 _HASH_BLOCK = 2**26  # bytes
 
 
-def fingerprint_of(model: PreTrainedModel, data_sha256: str, config_dict: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprint_of(
+    model: PreTrainedModel,
+    data_sha256: str,
+    config_dict: Mapping[str, Any],
+    teachers: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """What a run's stages depend on, as JSON.
 
-    The weights enter in full, not as a sample: BLAKE2b over name, dtype, shape and bytes of every parameter in name
-    order (about a second per GB). So do the model's class and config, without what loading and saving change there.
+    The weights enter in full, not as a sample, see :func:`weights_digest`. So do the model's class and config, without
+    what loading and saving change there.
 
     Args:
         model: the float model, not on the meta device.
         data_sha256: hash of the calibration tokens.
         config_dict: settings of the run; entries that only name places (``run_dir``, ``device``, ``dataset``, ...) and
             measurements are left out.
+        teachers: weight by digest of the models other than this one that fine-tuning imitates.
+
+    Raises:
+        ValueError: a parameter without data.
+    """
+    settings = {name: value for name, value in config_dict.items() if name not in _NOT_COMPUTED_FROM}
+    return {
+        "package": _package_version(),
+        "weights": weights_digest(model),
+        "architecture": architecture_digest(model),
+        "data": data_sha256,
+        "settings": json.loads(json.dumps(settings)),
+        **({"teachers": dict(teachers)} if teachers else {}),
+    }
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """BLAKE2b over name, dtype, shape and bytes of every parameter in name order (about a second per GB).
 
     Raises:
         ValueError: a parameter without data.
@@ -77,17 +115,15 @@ def fingerprint_of(model: PreTrainedModel, data_sha256: str, config_dict: Mappin
         data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, data.nbytes, _HASH_BLOCK):
             digest.update(data[start : start + _HASH_BLOCK])
+    return digest.hexdigest()
+
+
+def architecture_digest(model: PreTrainedModel) -> str:
+    """BLAKE2b over class and config."""
     architecture = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_ARCHITECTURE}
     architecture["class"] = type(model).__name__
     described = json.dumps(architecture, sort_keys=True, default=str).encode()
-    settings = {name: value for name, value in config_dict.items() if name not in _NOT_COMPUTED_FROM}
-    return {
-        "package": _package_version(),
-        "weights": digest.hexdigest(),
-        "architecture": hashlib.blake2b(described, digest_size=32).hexdigest(),
-        "data": data_sha256,
-        "settings": json.loads(json.dumps(settings)),
-    }
+    return hashlib.blake2b(described, digest_size=32).hexdigest()
 
 
 def _package_version() -> str:

@@ -17,7 +17,8 @@ class Settings:
     Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
     ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms,
     and with adaptive smoothing, ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when ``rounding`` is
-    ``"learned"``.
+    ``"learned"``, ``finetune_steps`` exactly when ``finetune`` is not ``"none"``. ``finetune_ranges``: fine-tuning
+    moves activation ranges, also in a recipe that learned none before; the user's ``learn_ranges=False`` fixes them.
     """
 
     recipe: str
@@ -50,6 +51,19 @@ class Settings:
     lr_offsets: float
     lr_gains: float
     top_k: int
+    finetune: str
+    finetune_steps: int
+    finetune_samples: int
+    feature_steps: int
+    adapter_rank: int
+    lr_adapters: float
+    lr_finetune: float
+    cross_entropy: float
+    temperature: float
+    attention_alignment: float
+    attention_entropy: float
+    token_share: float
+    finetune_ranges: bool
     gradient_checkpointing: bool
     teacher_dtype: str
 
@@ -64,7 +78,8 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
             )
         values["rounding"] = "nearest"
     if values["rounding"] != "learned":
-        if ignored := [name for name in ("rounding_steps", "lr_offsets", "lr_gains") if asked.get(name)]:
+        only = ("rounding_steps", "lr_offsets") + (("lr_gains",) if values["finetune"] == "none" else ())
+        if ignored := [name for name in only if asked.get(name)]:
             how = "to nearest" if values["rounding"] == "nearest" else f"by {values['rounding']}"
             raise ValueError(
                 f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded {how}; "
@@ -81,6 +96,41 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
 
 
 _COMPENSATION = ("magr", "rounding_damping", "rounding_act_order", "rounding_block")
+_OF_FINETUNING = (
+    "finetune_steps",
+    "feature_steps",
+    "finetune_samples",
+    "lr_finetune",
+    "cross_entropy",
+    "temperature",
+    "attention_alignment",
+    "attention_entropy",
+    "token_share",
+)
+_OF_ADAPTERS = ("adapter_rank", "lr_adapters")
+
+
+def _settle_finetuning(effort: Effort, asked: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Fine-tuning takes steps on the logits; without any it is none."""
+    if values["finetune"] != "none" and not values["finetune_steps"]:
+        if asked.get("finetune", "none") != "none":
+            given = "finetune_steps=0" if "finetune_steps" in asked else f'effort="{effort.name}"'
+            raise ValueError(
+                f'finetune="{values["finetune"]}" would have no effect: {given} runs no step of it; set finetune_steps'
+            )
+        values["finetune"] = "none"
+    refused = {
+        "none": ((*_OF_FINETUNING, *_OF_ADAPTERS), 'nothing is fine-tuned; set finetune="scales" or "qad"'),
+        "scales": (_OF_ADAPTERS, 'finetune="scales" leaves the integers as they are; set finetune="qad"'),
+        "qad": ((), ""),
+    }
+    names, reason = refused[values["finetune"]]
+    if ignored := [name for name in names if asked.get(name)]:
+        raise ValueError(f"{ignored[0]}={asked[ignored[0]]} would have no effect: {reason}")
+    if values["finetune"] == "none":
+        values.update(finetune_steps=0, feature_steps=0)
+
+
 _LEARNED = {"learn_transforms": "lr_transforms", "learn_clips": "lr_clips", "learn_ranges": "lr_ranges"}
 
 
@@ -148,11 +198,12 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
     elif values["smooth_alpha"] is None:
         raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
 
+    _settle_finetuning(effort, asked, values)
     _settle_rounding(effort, asked, values)
     reason = _why_untrained(recipe, effort, values)
     if reason is not None:
         needs_training: tuple[str, ...] = (*_LEARNED, *_LEARNED.values(), "steps")
-        if values["rounding"] != "learned":
+        if values["rounding"] != "learned" and values["finetune"] == "none":
             needs_training += ("objective", "top_k", "gradient_checkpointing")
         ignored = [name for name in needs_training if asked.get(name)]
         ignored += ["tuning"] if asked.get("tuning", "none") != "none" else []
@@ -172,7 +223,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             values["objective"] = "hidden_mse"
         if "top_k" in asked and values["objective"] != "logits_kl":
             raise ValueError(f'top_k={asked["top_k"]} would have no effect: it belongs to objective="logits_kl"')
-    trained = max(values["steps"], values["rounding_steps"])
+    trained = max(values[name] for name in ("steps", "rounding_steps", "finetune_steps", "feature_steps"))
     values["eval_every"] = min(values["eval_every"] or trained, trained)
 
     return Settings(
@@ -181,6 +232,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             "recipe": recipe.name,
             "effort": effort.name,
             "seed": seed,
+            "finetune_ranges": values["finetune"] != "none" and asked.get("learn_ranges", True),
             "gradient_checkpointing": bool(asked.get("gradient_checkpointing", trained > 0)),
             "teacher_dtype": asked.get("teacher_dtype", "float32"),
         }

@@ -18,6 +18,7 @@ from .stdlib_corpus import stdlib_texts
 Document: TypeAlias = str | torch.Tensor  # a text, or its token ids as int64 [tokens]
 
 BUILT_IN = ("python-stdlib",)
+SELF = "self"  # the model that is quantized writes the text
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 _COLUMNS = ("text", "input_ids")  # tried in this order when no column is named
 _PIECE = 2**16  # characters that are read and tokenised at once
@@ -216,6 +217,8 @@ def iter_documents(
         rows = _table_rows(dataset, text_column, "dataset")
     elif kind != "name":
         rows = (_row(row, f"dataset row {number}") for number, row in enumerate(dataset))
+    elif str(dataset) == SELF:
+        raise ValueError(f'dataset "{SELF}" is written by the model that is quantized and cannot be read; give a text')
     elif str(dataset) in BUILT_IN:
         rows = stdlib_texts(split or "calibration")
     elif path.is_file():
@@ -233,8 +236,9 @@ def iter_documents(
     elif _HUB_NAME.fullmatch(str(dataset)):
         rows = _hub_rows(str(dataset), split, text_column)
     else:
+        unknown = unknown_name("dataset", dataset, (*BUILT_IN, SELF))
         raise ValueError(
-            f'{unknown_name("dataset", dataset, BUILT_IN)}; also a file ({", ".join(FILE_TYPES)}), or "owner/name" '
+            f'{unknown}; also a file ({", ".join(FILE_TYPES)}), or "owner/name" '
             "on the Hugging Face Hub (needs the network and: pip install datasets)"
         )
     if split is not None and (kind != "name" or path.is_file()):

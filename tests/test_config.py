@@ -28,6 +28,21 @@ EXAMPLES = {
     "default": {},
     "in-memory texts and tokenizer": {"dataset": ["one", "two"], "tokenizer": Tokenizer()},
     "in-memory ids": {"dataset": [[1, 2, 3], [4]]},
+    "fine-tuning": {
+        "recipe": "qad",
+        "dataset": "self",
+        "finetune_dataset": [[1, 2, 3], [4]],
+        "finetune_samples": 12,
+        "finetune_steps": 20,
+        "feature_steps": 10,
+        "teachers": ("float", "owner/larger", {"model": "owner/largest", "weight": 0.5}),
+        "adapter_rank": 8,
+        "cross_entropy": 0.1,
+        "temperature": 2,
+        "attention_alignment": 0.5,
+        "attention_entropy": 0.01,
+        "token_share": 0.5,
+    },
     "every kind of value": {
         "preset": "w4a8-asym",
         "dataset": "python-stdlib",
@@ -185,6 +200,12 @@ def test_update_sets_all_or_nothing():
         ({"overrides": {"*.up_proj": {"weight_bits": 5}}}, r"must be one of \(3, 4, 8, 16\)"),
         ({"overrides": {"*.up_proj": {"weight_symmetric": 1}}}, r"must be one of \(True, False\)"),
         ({"overrides": {"*.up_proj": {}}}, "overrides maps patterns"),
+        ({"finetune": "scale"}, 'finetune "scale" is unknown; did you mean "scales"'),
+        ({"recipe": "qad", "adapter_rank": 0}, "adapter_rank must be a whole number from 1"),
+        ({"recipe": "qad", "token_share": 0}, r"token_share must be a number in \(0, 1\]"),
+        ({"recipe": "qad", "temperature": 0}, "temperature must be a number"),
+        ({"recipe": "qad", "cross_entropy": 1.5}, "cross_entropy must be a number"),
+        ({"recipe": "qad", "attention_entropy": -1}, "attention_entropy must be a number"),
     ],
 )
 def test_bad_values_are_refused_by_name(options, message):
@@ -212,6 +233,14 @@ def test_bad_values_are_refused_by_name(options, message):
         ({"transforms": [], "learn_transforms": True}, "has no transform to act on"),
         ({"tuning": "block-wise", "objective": "logits_kl"}, "needs the logits"),
         ({"objective": "hidden_mse", "top_k": 5}, "top_k=5 would have no effect"),
+        ({"finetune_steps": 5}, 'nothing is fine-tuned; set finetune="scales" or "qad"'),
+        ({"recipe": "best", "teachers": ["float"]}, "teachers would have no effect: nothing is fine-tuned"),
+        ({"finetune_dataset": "python-stdlib"}, "finetune_dataset would have no effect"),
+        ({"recipe": "qad", "finetune_samples": 5}, "belongs to finetune_dataset, which is not set"),
+        ({"recipe": "qad", "finetune_split": "train"}, "belongs to finetune_dataset, which is not set"),
+        ({"finetune": "scales", "adapter_rank": 4}, 'leaves the integers as they are; set finetune="qad"'),
+        ({"finetune": "scales", "finetune_steps": 0}, "finetune_steps=0 runs no step of it"),
+        ({"finetune": "qad", "effort": "none"}, 'effort="none" runs no step of it'),
     ],
 )
 def test_contradictions_are_refused_not_ignored(options, message):
@@ -238,6 +267,17 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
     assert (settings.learn_transforms or settings.learn_clips or settings.learn_ranges) is trains
     assert (settings.eval_every > 0) is trains
     assert (settings.smooth_alpha is None) is (recipe in ("rtn", "gptq", "qqq"))
+
+
+def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_fixed():
+    scales = {"recipe": "rtn", "finetune": "scales"}
+    settings = MobileQuantConfig(**scales, lr_gains=2e-3).resolve()
+    assert (settings.finetune_ranges, settings.learn_ranges, settings.steps) == (True, False, 0)
+    assert settings.eval_every == EFFORTS["default"].eval_every
+    assert MobileQuantConfig(**scales, learn_ranges=False).resolve().finetune_ranges is False
+    assert MobileQuantConfig("w4a8").resolve().finetune_ranges is False
+    none = MobileQuantConfig(recipe="qad", effort="none").resolve()
+    assert (none.finetune, none.finetune_steps, none.feature_steps) == ("none", 0, 0)
 
 
 def test_user_values_win_over_effort_and_recipe():

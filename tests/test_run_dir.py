@@ -54,7 +54,7 @@ def test_stage_round_trip_keeps_tensors_and_metadata(folder):
 def test_files_sort_in_the_order_of_the_stages(folder):
     for stage in reversed(STAGES):
         folder.save(stage, {}, {})
-    assert [name.split("_")[1].split(".")[0] for name in names(folder)[:-1]] == list(STAGES)
+    assert [name.split("_", 1)[1].split(".")[0] for name in names(folder)[:-1]] == list(STAGES)
 
 
 def test_unfinished_and_unknown_stages(folder):

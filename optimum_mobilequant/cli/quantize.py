@@ -20,12 +20,17 @@ def register(add: AddCommand) -> None:
     parser.set_defaults(run_command=run_command)
     parser.add_argument("model", metavar="MODEL", help="folder of a saved float model, or a Hub id (owner/name)")
     parser.add_argument("--preset", required=True, help="bits of weights and activations, such as w8a8 or w4a8")
-    parser.add_argument("--dataset", required=True, metavar="FILE|NAME", help="calibration text: a file or a name")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="FILE|NAME",
+        help="calibration text: a file or a name; self lets the model write it",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
     parser.add_argument(
         "--recipe",
         help="mobilequant (the default), rtn, smoothquant, smoothquant-edge, omniquant-static, omniquant-edge, gptq, "
-        "qqq or best",
+        "qqq, best or qad",
     )
     parser.add_argument("--effort", help="time spent on learning: none, light, default or best")
     parser.add_argument(
@@ -100,8 +105,10 @@ def field(text: str) -> tuple[str, Any]:
 
 def check_dataset(config: Any) -> None:
     """Reads until the first text: a missing file or column would otherwise show only once the model is loaded."""
-    from optimum_mobilequant.sources import iter_documents
+    from optimum_mobilequant.sources import SELF, iter_documents
 
+    if config.dataset == SELF:
+        return
     documents = iter_documents(config.dataset, split=config.dataset_split, text_column=config.text_column)
     if not any(True for document in documents for _ in document):
         raise ValueError(f"{config.dataset!r} is empty: give --dataset a file or a data set with text")

@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from ..overlap import warn_if_calibrated_on
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,7 +44,10 @@ class PerplexityResult:
 def token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text_or_ids: str | Sequence[int] | torch.Tensor
 ) -> torch.Tensor:
-    """Token ids of a text without special tokens, or the given ones checked against the vocabulary; int64 [tokens]."""
+    """Token ids of a text without special tokens, or the given ones checked against the vocabulary; int64 [tokens].
+
+    Every measurement comes through here: it is where text that the model was calibrated on is noticed.
+    """
     if isinstance(text_or_ids, str):
         if tokenizer is None:
             raise ValueError("perplexity of a text needs a tokenizer; give one, or token ids")
@@ -61,7 +66,9 @@ def token_ids(
             f"token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has {vocabulary} "
             "entries; use the tokenizer that belongs to the model"
         )
-    return ids.long().cpu()
+    ids = ids.long().cpu()
+    warn_if_calibrated_on(model, ids)
+    return ids
 
 
 def perplexity(

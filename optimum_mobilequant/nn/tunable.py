@@ -5,6 +5,7 @@ Nothing is copied: the source tensor is shared with the teacher, and transforms 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,23 @@ def total(scales: list[LogScale]) -> Tensor | None:
     return out
 
 
+class LowRank(nn.Module):
+    """Offset of a weight in steps of its grid, ``scale * left @ right`` (LR-QAT, Bondarenko et al. 2024).
+
+    Args:
+        left: ``[out, rank]``. right: ``[rank, in]``.
+    """
+
+    def __init__(self, left: nn.Parameter, right: nn.Parameter, scale: float):
+        super().__init__()
+        self.left = left
+        self.right = right
+        self.scale = scale
+
+    def forward(self) -> Tensor:
+        return self.scale * (self.left @ self.right)
+
+
 class TunableWeight(nn.Module):
     """Weight or norm gain that is rescaled by transforms, clipped and rounded each time it is used.
 
@@ -61,9 +79,10 @@ class TunableWeight(nn.Module):
         self.clip: nn.Parameter | None = None
         self.mode = Mode.QUANTIZE
         self._kept: Tensor | None = None
-        # Learned rounding, once the transforms are final: see freeze().
+        # Learned rounding and fine-tuning, once the transforms are final: see freeze().
         self._base: tuple[Tensor, Tensor, Tensor] | None = None
         self.offset_steps: nn.Parameter | None = None
+        self.low_rank: LowRank | None = None
         self.gain_log: nn.Parameter | None = None
 
     @property
@@ -80,8 +99,12 @@ class TunableWeight(nn.Module):
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.mode in (Mode.OFF, Mode.OBSERVE):
             return rescale(self._float(), total(self.rows_log), total(self.columns_log)).to(dtype)
-        if self._base is not None and self.offset_steps is not None and self.gain_log is not None:
-            return fake_quantize_offset(*self._base, self.offset_steps, self.gain_log, self.spec.grid).to(dtype)
+        offset = None if self._base is None else self._offset()
+        if self._base is not None and offset is not None and self.gain_log is not None:
+            return fake_quantize_offset(*self._base, offset, self.gain_log, self.spec.grid).to(dtype)
+        if self._base is not None and self.gain_log is not None:  # fixed integers, learned scales
+            codes, _, zero_point = self.codes()
+            return dequantize(codes, self._base[1] * self.gain_log.exp(), zero_point).to(dtype)
         if self._base is not None or not (self.rows_log or self.columns_log or self.clip is not None):
             if self._kept is None:  # nothing here changes from step to step
                 self._kept = dequantize(*self.codes())
@@ -96,11 +119,19 @@ class TunableWeight(nn.Module):
         return out.view(self.shape).to(dtype)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Fix the folded weight, in steps of its scale, for its rounding to be chosen."""
-        if self._base is None:
-            _, scale, zero_point = self.codes()
-            self.fix(self.folded() / scale, scale, zero_point)
+    def freeze(self, *, codes: bool = False) -> None:
+        """Fix the folded weight, in steps of its scale, for its rounding to be chosen or its scales to be learned.
+
+        A weight that is fixed already keeps what was learned of it: its offsets enter the fixed weight, its gains the
+        scale.
+
+        Args:
+            codes: fix the integers themselves.
+        """
+        found, scale, zero_point = self.codes()
+        base = self.folded() / scale if self._base is None else self._place()
+        self.fix((found.to(torch.int32) - zero_point).float() if codes else base, scale, zero_point)
+        self.offset_steps = self.low_rank = self.gain_log = None
 
     @torch.no_grad()
     def fix(self, base: Tensor, scale: Tensor, zero_point: Tensor) -> None:
@@ -121,6 +152,15 @@ class TunableWeight(nn.Module):
         """What :meth:`fix` took."""
         return self._base
 
+    def _offset(self) -> Tensor | None:
+        return self.offset_steps if self.low_rank is None else self.low_rank()
+
+    def _place(self) -> Tensor:
+        """The fixed weight with its offsets, in steps, before it is rounded."""
+        assert self._base is not None
+        offset = self._offset()
+        return self._base[0] if offset is None else self._base[0] + offset
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, for an embedding."""
         return self.forward()[ids]
@@ -135,11 +175,9 @@ class TunableWeight(nn.Module):
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Signed codes, scale ``[out, 1]`` (or ``[1]`` for a gain) and zero point of the folded, clipped weight."""
         if self._base is not None:
-            base, scale, zero_point = self._base
-            one = torch.ones_like(scale)
-            if self.offset_steps is not None and self.gain_log is not None:
-                base, scale = base + self.offset_steps, scale * self.gain_log.exp()
-            return quantize(base, one, zero_point, self.spec.grid), scale, zero_point
+            _, scale, zero_point = self._base
+            codes = quantize(self._place(), torch.ones_like(scale), zero_point, self.spec.grid)
+            return codes, scale if self.gain_log is None else scale * self.gain_log.exp(), zero_point
         folded, spec = self.folded(), self.spec
         matrix = folded if folded.ndim == 2 else folded[None, :]
         ends = clipped_range(matrix, self.clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
@@ -164,12 +202,15 @@ class TunableBias(nn.Module):
         super().__init__()
         object.__setattr__(self, "source", source)
         self.rows_log: list[LogScale] = []
+        self.shift: Callable[[], Tensor] | None = None  # learned, added behind the transforms
 
     def forward(self) -> Tensor:
-        return rescale(self.source.float(), total(self.rows_log), None)
+        bias = rescale(self.source.float(), total(self.rows_log), None)
+        return bias if self.shift is None else bias + self.shift()
 
     @torch.no_grad()
     def folded(self) -> Tensor:
         """float32 bias with the transforms folded in (computed in float64)."""
         log = total(self.rows_log)
-        return rescale(self.source.double(), None if log is None else log.double(), None).float()
+        bias = rescale(self.source.double(), None if log is None else log.double(), None).float()
+        return bias if self.shift is None else bias + self.shift()

@@ -48,11 +48,13 @@ class LearnResult:
 
 
 class Trainable(Protocol):
-    """What the loop trains: :class:`.parameters.Learnables` or :class:`.rounding.Rounding`."""
+    """What the loop trains: :class:`.parameters.Learnables`, :class:`.rounding.Rounding` or
+    :class:`.finetune.Finetune`."""
 
     ranges: nn.Parameter
 
     def bind(self, student: nn.Module) -> None: ...
+    def release(self, student: nn.Module) -> None: ...
     def groups(self, rates: Mapping[str, float], prefix: str = "") -> list[dict[str, object]]: ...
     def clamp(self) -> None: ...
     def state_dict(self) -> Mapping[str, Tensor]: ...
@@ -100,14 +102,8 @@ def learn_end_to_end(
     device = next(student.buffers()).device
     started = time.monotonic()
 
-    @torch.no_grad()
     def validate() -> float:
-        learnables.bind(student)
-        losses = [loss_of(ids.to(device)) * len(ids) for ids in validation.split(batch_size)]
-        value = float(torch.stack(losses).sum() / len(validation))
-        if not math.isfinite(value):
-            raise FloatingPointError("the validation loss is not finite; lower the learning rates or check the model")
-        return value
+        return mean_loss(learnables, student, loss_of, validation, batch_size)
 
     first, result, best, mean = 0, LearnResult(0.0, 0.0, 0, 0.0), _state(learnables), _state(learnables)
     if resume is not None:
@@ -155,6 +151,22 @@ def learn_end_to_end(
     learnables.load_state_dict(best)
     result.seconds = time.monotonic() - started
     return result
+
+
+@torch.no_grad()
+def mean_loss(learnables: Trainable, student: nn.Module, loss_of: Loss, ids: Tensor, batch_size: int) -> float:
+    """Mean of ``loss_of`` over the sequences ``ids``, for the present parameters.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    device = next(student.buffers()).device
+    learnables.bind(student)
+    losses = [loss_of(part.to(device)) * len(part) for part in ids.split(batch_size)]
+    value = float(torch.stack(losses).sum() / len(ids))
+    if not math.isfinite(value):
+        raise FloatingPointError("the validation loss is not finite; lower the learning rates or check the model")
+    return value
 
 
 def batch_index(count: int, batch_size: int, step: int, seed: int) -> Tensor:

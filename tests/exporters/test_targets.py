@@ -140,8 +140,8 @@ def test_an_illegal_plan_fails_before_the_text_is_read(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("the calibration text was read")
 
-    monkeypatch.setattr(prepare, "iter_documents", fail)
-    monkeypatch.setattr(prepare, "calibration_data", fail)
+    monkeypatch.setattr(prepare, "peek", fail)
+    monkeypatch.setattr(prepare, "run_data", fail)
     for preset, overrides in (("w4a8-asym", None), ("w8a8", {"*.v_proj.output": {"bits": 16}})):
         with pytest.raises(ValueError, match="qnn_htp cannot run"):
             quantize(tiny.build("llama-gqa"), None, tiny.config(preset, overrides=overrides, target="qnn_htp"))
