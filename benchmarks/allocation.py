@@ -22,6 +22,7 @@ from table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant.allocate import allocate
 from optimum_mobilequant.allocate.budget import units_of
 from optimum_mobilequant.allocate.sensitivity import MEASURES
 from optimum_mobilequant.families import family_of, geometry_of
@@ -43,7 +44,7 @@ def main() -> None:
     table = Table(args.out, settings, append=args.append, keys=keys, header=HEADER, cells=cells)
     table.use_text(args.model.name, text.record())
     wanted = [("uniform", [bits], float(bits), 0) for bits in (3, 4, 8)]
-    for choices in ([4, 8], [3, 4, 8]):
+    for choices in ([3, 4, 8], [4, 8]):  # sensitivities are measured for the first, and serve the second
         budgets = [b for b in args.budgets if b > min(choices)]
         wanted += [(name, choices, b, 0) for b in budgets for name in MEASURES]
         wanted += [("random", choices, b, seed) for b in budgets for seed in SEEDS if len(choices) == 2]
@@ -69,8 +70,15 @@ def measure(
     units = units_of(model, plan, [3, 4, 8], by_layer=False)
     options: dict[str, Any] = {"dataset": text.calibration, "bos": False, "seq_len": args.seq_len}
     options |= {"samples": args.samples} if args.samples else {}
-    if how in MEASURES:
+    losses = next((row["losses"] for row in table.rows if row["how"] == how and row["losses"]), None)
+    if how in MEASURES and losses is None:
         options |= {"bits": f"auto:{budget:g}", "bit_choices": choices, "sensitivity": how}
+    elif how in MEASURES:
+        measured = units_of(model, plan, [3, 4, 8], by_layer=MEASURES[how].by_layer)
+        known = {name: dict(zip([3, 4, 8], values, strict=True)) for name, values in losses.items()}
+        limit = budget * sum(unit.weights for unit in measured)
+        chosen = allocate(measured, known, choices, limit, "bits")
+        options["overrides"] = {path: {"weight_bits": chosen[u.name]} for u in measured for path in u.paths}
     else:
         bits = {unit.name: choices[0] for unit in units}
         if how == "random":
@@ -82,7 +90,8 @@ def measure(
     started = time.monotonic()
     model = quantize(model, tokenizer, MobileQuantConfig(PRESET, recipe=args.recipe, effort=args.effort, **options))
     minutes = (time.monotonic() - started) / 60
-    found = build_plan(plan.family, plan.geometry, PRESETS[PRESET], model.config.quantization_config.overrides)
+    saved = model.config.quantization_config
+    found = build_plan(plan.family, plan.geometry, PRESETS[PRESET], saved.overrides)
     chosen = {unit.name: found.weights[unit.name].rule.bits for unit in units}
     spent = sum(unit.bytes[chosen[unit.name]] for unit in units)
     value = score(model)
@@ -94,6 +103,7 @@ def measure(
         "gap": value / reference - 1,
         "against": against(value, spent, table),
         "chosen": chosen,
+        "losses": saved.recorded.get("allocation", {}).get("losses"),
         "minutes": minutes,
     }
 

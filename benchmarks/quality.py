@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import time
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 from outliers import inject_outliers
 from table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant import MobileQuantConfig, perplexity
+from optimum_mobilequant.evaluate.ladder import quantize_and_score
 from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
@@ -43,10 +43,6 @@ class Case:
     name: str
     preset: str
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def learns(self) -> bool:
-        return self.options["recipe"] in ("mobilequant", "best", "qad")
 
 
 CASES = (
@@ -91,13 +87,7 @@ class Text:
 
 def main() -> None:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folders = [EMBEDDED, *(sorted(args.models.iterdir()) if args.models else [])]
-    models = {path.name: path for path in folders if (path / "config.json").is_file()}
-    texts = {name: args.text.get(name, Text("python-stdlib", "python-stdlib", args.max_chars)) for name in models}
-    if unknown := args.text.keys() - models.keys():
-        raise SystemExit(f"--text names no model here: {', '.join(unknown)}; models: {', '.join(models)}")
+    models, texts = models_of(args)
     settings = {
         "effort": args.effort, "seed": args.seed, "seq_len": args.seq_len, "quick": args.quick,
         "factor": args.factor, "share": args.share,
@@ -116,59 +106,69 @@ def main() -> None:
     print(table.markdown())
 
 
+class Subject:
+    """A model to measure, plain or with injected outliers, and its texts."""
+
+    def __init__(self, folder: Path, text: Text, args: argparse.Namespace):
+        if not (folder / "model.safetensors").is_file():
+            raise SystemExit(f"{folder} holds no model.safetensors")
+        self.folder, self.text, self.args = folder, text, args
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.evaluation = text.read()
+
+    def load(self, variant: str) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        if variant == "injected":
+            inject_outliers(model, factor=self.args.factor, share=self.args.share, seed=self.args.seed)
+        return model
+
+    def score(self, model: PreTrainedModel) -> float:
+        return perplexity(model, self.tokenizer, self.evaluation, seq_len=self.args.seq_len, progress=False).perplexity
+
+    def run(self, variant: str, config: MobileQuantConfig, reference: float) -> dict[str, Any]:
+        """A row: what quantizing with ``config`` gives."""
+        return quantize_and_score(lambda: self.load(variant), self.tokenizer, config, self.score, reference)
+
+    def config(self, preset: str, seed: int, chosen: dict[str, Any]) -> MobileQuantConfig:
+        """The config of a case; --quick makes all of it small."""
+        args = self.args
+        options: dict[str, Any] = {"dataset": self.text.calibration, "bos": False, "seq_len": args.seq_len}
+        options |= {"seed": seed, "effort": args.effort, **chosen}
+        if args.quick:
+            settings = MobileQuantConfig(preset, **options).resolve()
+            steps = ("steps", "rounding_steps", "finetune_steps")
+            options |= {"samples": 8} | {name: 4 for name in steps if getattr(settings, name)}
+        return MobileQuantConfig(preset, **options)
+
+
 def measure(
     name: str, folder: Path, text: Text, cases: list[tuple[str, Case]], table: Table, args: argparse.Namespace
 ) -> None:
     """Add the float row of each variant and the rows of ``cases`` to the table."""
-    if not (folder / "model.safetensors").is_file():
-        raise SystemExit(f"{folder} holds no model.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    evaluation = text.read()
-
-    def load(variant: str) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        if variant == "injected":
-            inject_outliers(model, factor=args.factor, share=args.share, seed=args.seed)
-        return model
-
-    def score(model: PreTrainedModel) -> float:
-        return perplexity(model, tokenizer, evaluation, seq_len=args.seq_len, progress=False).perplexity
-
+    subject = Subject(folder, text, args)
     for variant, case in cases:
         reference = table.find(name, variant, "float32", "float")
         if reference is None:
-            value = score(load(variant))
+            value = subject.score(subject.load(variant))
             reference = table.add(name, variant, "float32", "float", values=FLOAT_ROW | {"perplexity": value})
-        try:
-            model, minutes = run(load(variant), tokenizer, case, text, args)
-        except (FloatingPointError, RuntimeError) as error:  # the library's refusal of a bad result is a result
-            table.add(name, variant, case.preset, case.name, values=NO_ROW | {"error": str(error)})
+        config = subject.config(case.preset, args.seed, case.options)
+        values = subject.run(variant, config, reference["perplexity"])
+        if values["error"] is not None:
+            table.add(name, variant, case.preset, case.name, values=NO_ROW | {"error": values["error"]})
             continue
-        value = score(model)
-        if not math.isfinite(value):
-            table.add(name, variant, case.preset, case.name, values=NO_ROW | {"error": "the perplexity overflows"})
-            continue
-        validation = model.config.quantization_config.recorded["validation_perplexity"]
-        values = {"perplexity": value, "gap": value / reference["perplexity"] - 1, "minutes": minutes}
-        values |= {"validation_perplexity": validation}
-        table.add(name, variant, case.preset, case.name, values=values)
+        kept = {key: values[key] for key in ("perplexity", "gap", "minutes", "peak_memory_bytes", "extras")}
+        kept["validation_perplexity"] = values["validation"]
+        table.add(name, variant, case.preset, case.name, values=kept)
 
 
-def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, text: Text, args: argparse.Namespace
-) -> tuple[PreTrainedModel, float]:
-    """The quantized model and the minutes it took."""
-    options: dict[str, Any] = {"dataset": text.calibration, "bos": False, "seq_len": args.seq_len, "seed": args.seed}
-    if args.quick:
-        options |= {"samples": 8, "steps": 4 if case.learns else None}
-        if case.options["recipe"] in ("best", "qad"):
-            options["rounding_steps"] = 4
-        if case.options["recipe"] == "qad" or "finetune" in case.options:
-            options["finetune_steps"] = 4
-    config = MobileQuantConfig(case.preset, effort=args.effort, **{**options, **case.options})
-    started = time.monotonic()
-    model = quantize(model, tokenizer, config)
-    return model, (time.monotonic() - started) / 60
+def models_of(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Text]]:
+    """The folders to measure and their texts, by name."""
+    folders = [EMBEDDED, *(sorted(args.models.iterdir()) if args.models else [])]
+    models = {path.name: path for path in folders if (path / "config.json").is_file()}
+    texts = {name: args.text.get(name, Text("python-stdlib", "python-stdlib", args.max_chars)) for name in models}
+    if unknown := args.text.keys() - models.keys():
+        raise SystemExit(f"--text names no model here: {', '.join(unknown)}; models: {', '.join(models)}")
+    return models, texts
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -195,8 +195,8 @@ def text_argument(argument: str) -> tuple[str, Text]:
     return name, Text(parts[0], parts[1], int(parts[2]))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that benchmarks of quality share."""
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file for the rows")
     parser.add_argument("--append", action="store_true", help="continue that file: measure what it lacks")
     parser.add_argument("--models", type=Path, metavar="DIR", help="folder of model folders, measured as well")
@@ -204,9 +204,6 @@ def parse_args() -> argparse.Namespace:
         "--text", type=text_argument, action="append", default=[], metavar="NAME=CALIBRATION,EVALUATION,CHARS"
     )
     parser.add_argument("--max-chars", type=int, default=200_000, help="of the default evaluation text")
-    parser.add_argument(
-        "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"
-    )
     parser.add_argument("--effort", default="default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -214,11 +211,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.03, help="of the channels that become outliers")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="4 steps on 8 sequences: does it run at all?")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument(
+        "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"
+    )
+    args = checked(parser)
+    args.wants = lambda *key: not args.only or any(fnmatch("/".join(key), pattern) for pattern in args.only)
+    return args
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; texts by the model's name."""
     args = parser.parse_args()
     args.text = dict(args.text)
-    args.wants = lambda *key: not args.only or any(fnmatch("/".join(key), pattern) for pattern in args.only)
     if not math.isfinite(args.factor) or args.factor <= 0:
         parser.error("--factor must be positive")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     return args
 
 

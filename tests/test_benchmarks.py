@@ -80,6 +80,20 @@ def test_quality_measures_what_is_asked_for_and_no_row_twice(run, folder, capsys
     assert "another text" in quality(run, "--append", "--text", "small=evaluation.txt,calibration.txt,9", *wanted)
 
 
+def test_ladder_measures_seeds_once_and_says_what_a_recipe_adds(run, folder, capsys):
+    small = ["--models", "models", "--text", "small=calibration.txt,evaluation.txt,1000", "--quick", "--seq-len", 32]
+    small += ["--out", "ladder.json", "--only", "small", "--presets", "w4a8", "--recipes", "rtn", "smoothquant"]
+    assert run("ladder.py", *small) is None
+    assert run("ladder.py", *small, "--append", "--seeds", 0, 1) is None
+    rows = json.loads((folder / "ladder.json").read_text())["rows"]
+    assert [(row["recipe"], row["seed"]) for row in rows] == [
+        ("float", 0), ("rtn", 0), ("smoothquant", 0), ("rtn", 1), ("smoothquant", 1)
+    ]  # fmt: skip
+    assert rows[2]["gain"] == pytest.approx(rows[1]["gap"] - rows[2]["gap"]) and "smooth_alpha=0.5" in rows[2]["added"]
+    assert all(row["peak_memory_bytes"] > 2**20 and row["minutes"] > 0 for row in rows[1:])
+    assert "| small | plain | w4a8 | rtn | 2 |" in capsys.readouterr().out
+
+
 def test_allocation_measures_choices_and_controls(run, folder, capsys):
     sizes = ["--model", "models/small", "--budgets", 6, "--seq-len", 32, "--samples", 8, "--max-chars", 1000]
     sizes += ["--dataset", "calibration.txt", "--text", "evaluation.txt"]

@@ -39,6 +39,12 @@ def test_parser_reads_every_option():
     assert (args.model, args.text, args.seq_len, args.bos, args.json) == ("m", "t", 64, True, True)
 
 
+def test_ladder_takes_lists_of_names():
+    words = ["ladder", "m", "--dataset", "d", "--text", "t", "--recipes", "rtn, best", "--presets", "w4a8", "--json"]
+    args = cli.build_parser().parse_args(words)
+    assert (args.recipes, args.presets, args.effort, args.json) == (["rtn", "best"], ["w4a8"], "default", True)
+
+
 def test_parser_extends_a_given_one():
     import argparse
 
