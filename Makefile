@@ -1,4 +1,4 @@
-# make venv | demo | test | style | quality | wheel | clean
+# make venv | demo | test | style | quality | docs | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -9,7 +9,7 @@ CODE := optimum_mobilequant tests examples benchmarks .ci
 # Tests and demo need no network: a hub request in them is a fault and fails at once.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: venv demo test style quality wheel clean
+.PHONY: venv demo test style quality docs wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -38,6 +38,9 @@ quality: venv
 style: venv
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: venv
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .

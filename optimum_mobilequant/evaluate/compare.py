@@ -96,8 +96,9 @@ def compare(
         onnx_float64: also that export with every float operation in float64: what the graph means.
         htp: also run on the HTP emulator.
         float_model: folder or Hub id of the float model it was made from.
-        tokens: use only so many tokens of the text.
+        seq_len: tokens of a chunk. tokens: use only so many tokens of the text.
         batch_size: chunks at a time; a matter of memory, not of the result.
+        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: no such checkpoint or export.
