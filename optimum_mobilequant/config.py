@@ -42,8 +42,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
         effort: how much is spent on it, a key of ``optimum_mobilequant.recipes.EFFORTS``.
         seed: seed of data order and training.
         overrides: exceptions to the preset. Keys are ``fnmatch`` patterns of module or tensor names, values hold
-            any of ``weight_bits`` (3, 4, 8 or 16), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"``
-            or ``"tensor"``) and ``bits`` (activations, 8 or 16). They win over any preset, the paper's included.
+            any of ``weight_bits`` (3, 4, 8 or 16), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"``,
+            ``"tensor"``, ``"group32"``, ``"group64"`` or ``"group128"``) and ``bits`` (activations, 8 or 16). They
+            win over any preset, the paper's included.
         bits: a budget that decides over the weight bits of the projections: ``"auto:1.2GB"`` of saved tensors,
             ``"auto:4.5"`` bits on average, or ``"auto:device"``, the memory that is free here when the run begins. The
             result is a set of ``overrides``. None: the preset's bits.

@@ -161,6 +161,8 @@ def _weight_row(spec: WeightSpec, reader: _Reader) -> dict[str, Any]:
     keys = reader.under(name)
     reader.taken.update(keys)
     scale = reader.tensor(f"{name}._scale")
+    if f"{name}._multiplier" in keys:
+        scale = scale * reader.tensor(f"{name}._multiplier")
     if f"{name}._shift" in keys:
         zero_point = reader.tensor(f"{name}._shift").to(torch.int32) - 8
     elif f"{name}._zero_point" in keys:

@@ -39,7 +39,7 @@ _BITS = (3, 4, 8, 16)  # of matrices
 _OVERRIDES: dict[str, tuple[Any, ...]] = {
     "weight_bits": _BITS,
     "weight_symmetric": (True, False),
-    "weight_granularity": ("channel", "tensor"),
+    "weight_granularity": ("channel", "tensor", "group32", "group64", "group128"),
     "bits": (8, 16),
 }
 

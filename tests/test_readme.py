@@ -129,7 +129,12 @@ def test_the_format_page_names_every_kind_of_key(folder, monkeypatch):
     from optimum_mobilequant import quantize
 
     text = (tiny.ROOT / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
-    for variant, preset in (("llama-bias", "w4a8"), ("stablelm", "w8a8-paper"), ("qwen3", "w8a8")):
+    for variant, preset in (
+        ("llama-bias", "w4a8"),
+        ("stablelm", "w8a8-paper"),
+        ("qwen3", "w8a8"),
+        ("llama", "w4a8-g128"),
+    ):
         model = quantize(tiny.build(variant), None, tiny.config(preset))
         monkeypatch.chdir(folder)
         model.save_pretrained("format")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..nn import Quantizer
+from ..numerics.groups import MAX_MULTIPLIER
 
 # Metadata key of the digest of what decides how integers are read.
 DIGEST_KEY = "mobilequant_scheme"
@@ -94,6 +95,8 @@ def check_values(model: nn.Module) -> None:
         is_scale = name.endswith((".scale", "._scale"))
         if is_scale and not (torch.isfinite(buffer).all() and (buffer > 0).all()):
             raise ValueError(f"{name} in the checkpoint is not finite and positive; the file is damaged")
+        if name.endswith("._multiplier") and not ((buffer >= 1) & (buffer <= MAX_MULTIPLIER)).all():
+            raise ValueError(f"{name} in the checkpoint is not within 1 to {MAX_MULTIPLIER}; the file is damaged")
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             zero_point, grid = int(module.zero_point), module.spec.grid

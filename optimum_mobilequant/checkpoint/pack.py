@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,18 @@ class Packed:
     Args:
         weights: module path -> (signed codes, scale, zero point). biases: module path -> float32 on its int32 grid.
         activations: quantizer name -> (scale, zero point), 0-dim.
+        multipliers: module path -> multiplier of each group, for weights that have groups.
     """
 
     weights: dict[str, tuple[Tensor, Tensor, Tensor]]
     biases: dict[str, Tensor]
     activations: dict[str, tuple[Tensor, Tensor]]
+    multipliers: dict[str, Tensor] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat, for a stage file."""
         flat = {f"bias/{path}": bias for path, bias in self.biases.items()}
+        flat |= {f"multiplier/{path}": multiplier for path, multiplier in self.multipliers.items()}
         for path, parts in self.weights.items():
             flat |= {f"weight/{path}/{n}": t for n, t in zip(("codes", "scale", "zero_point"), parts, strict=True)}
         for name, (scale, zero_point) in self.activations.items():
@@ -53,6 +56,7 @@ class Packed:
                 n: (tensors[f"activation/{n}/scale"], tensors[f"activation/{n}/zero_point"])
                 for n in names("activation")
             },
+            {p: tensors[f"multiplier/{p}"] for p in names("multiplier")},
         )
 
 
@@ -72,6 +76,8 @@ def pack(student: nn.Module, plan: Plan) -> Packed:
         module = modules[path]
         if isinstance(module.weight, TunableWeight):
             packed.weights[path] = module.weight.codes()
+            if (multiplier := module.weight.multiplier()) is not None:
+                packed.multipliers[path] = multiplier
         if isinstance(module.bias if hasattr(module, "bias") else None, TunableBias):
             bias = module.bias.folded()
             scale = bias_scale(plan, path, packed.activations, packed.weights[path][1])
@@ -111,7 +117,9 @@ def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
 
     def make_weight(path: str, _: Tensor) -> QWeight:
         codes, scale, zero_point = (t.to(device) for t in packed.weights[path])
-        return QWeight(codes, scale, zero_point, plan.weights[path].rule)
+        multiplier = packed.multipliers.get(path)
+        rule = plan.weights[path].rule
+        return QWeight(codes, scale, zero_point, rule, None if multiplier is None else multiplier.to(device))
 
     def make_bias(path: str, _: Tensor) -> nn.Parameter:
         return nn.Parameter(packed.biases[path].to(device), requires_grad=False)

@@ -68,7 +68,7 @@ def choose_schemes(plan: Plan, *, all_inputs: bool) -> dict[str, Scheme]:
     for path, spec in plan.weights.items():
         if spec.role in ("gain", "embedding", "head"):
             continue
-        full = Scheme(spec.rule.bits, spec.rule.symmetric, plan.activations[input_of(plan, path)].bits)
+        full = Scheme(spec.code_grid.bits, spec.rule.symmetric, plan.activations[input_of(plan, path)].bits)
         # Asymmetric weights have no kernel with or without the input, so nothing is gained by leaving it out.
         keep = all_inputs or full.served or not full.symmetric
         schemes[path] = full if keep else replace(full, input_bits=None)

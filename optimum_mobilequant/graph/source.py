@@ -80,7 +80,7 @@ class CheckpointSource:
         scale, zero_point = held.scale.detach().flatten(), held.zero_point.flatten()
         if not spec.per_channel:
             scale, zero_point = scale[0], zero_point[0]
-        encoding = Encoding(scale.float().cpu(), zero_point.to(torch.int32).cpu(), spec.grid)
+        encoding = Encoding(scale.float().cpu(), zero_point.to(torch.int32).cpu(), spec.code_grid)
         return Constant(tuple(held.shape), encoding, lambda: held.codes.cpu())
 
     def bias(self, path: str, owner: str) -> Constant | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import Grid, dequantize
+from ..numerics.groups import groups_of, spread
 from ..numerics.packing import pack_int4, pack_planes, unpack_int4, unpack_int4_rows, unpack_planes, unpack_planes_rows
 from ..plan import WeightRule
 
@@ -36,6 +37,7 @@ class QWeight(nn.Module):
     3-bit                     ``_planes`` uint8 [3, ceil(out/8), in], ``_scale``: no quanto type
     8-bit asymmetric          ``_codes`` int8 [out, in], ``_scale``, ``_zero_point`` int32 [out, 1]: no quanto type
     16-bit                    ``_codes`` int16 [out, in], ``_scale``: no quanto type
+    4-bit with groups         ``_nibbles`` uint8 [ceil(out/2), in], ``_multiplier`` uint8 [out, groups], ``_scale``
     16-bit gain               ``_codes`` int16 [n], ``_scale`` float32 [1]
     ========================  ==============================================================================
 
@@ -45,7 +47,8 @@ class QWeight(nn.Module):
     Args:
         codes: signed codes, ``[out, in]`` or ``[n]``; values on ``Grid(rule.bits, signed=True)``.
         scale: float32 ``[out, 1]`` or ``[1]``. zero_point: int32, as scale.
-        rule: bits and symmetry.
+        rule: bits, symmetry and groups.
+        multiplier: uint8 ``[out, groups]`` of a weight with groups (``numerics.groups``).
     """
 
     _scale: Tensor
@@ -54,12 +57,20 @@ class QWeight(nn.Module):
     _data: Any
     _codes: Tensor
     _planes: Tensor
+    _nibbles: Tensor
+    _multiplier: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, rule: WeightRule):
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, rule: WeightRule, multiplier: Tensor | None = None
+    ):
         super().__init__()
         self.rule = rule
         self.shape = torch.Size(codes.shape)
-        if codes.ndim == 2 and rule.bits == 4:
+        if rule.group:
+            assert multiplier is not None
+            self._nibbles = nn.Parameter(pack_int4(codes), requires_grad=False)
+            self.register_buffer("_multiplier", multiplier)
+        elif codes.ndim == 2 and rule.bits == 4:
             self._data = _Packed(pack_int4(codes))
             self.register_buffer("_shift", (zero_point + 8).to(torch.uint8))
         else:
@@ -76,12 +87,19 @@ class QWeight(nn.Module):
         codes = torch.zeros(shape, dtype=Grid(rule.bits, signed=True).dtype, device=device)
         units = (shape[0], 1) if len(shape) == 2 else (1,)
         scale = torch.full(units, float("nan"), device=device)
-        return cls(codes, scale, torch.zeros(units, dtype=torch.int32, device=device), rule)
+        multiplier = None
+        if rule.group:
+            multiplier = torch.ones(shape[0], groups_of(shape[1], rule.group), dtype=torch.uint8, device=device)
+        return cls(codes, scale, torch.zeros(units, dtype=torch.int32, device=device), rule, multiplier)
 
     @property
     def is_quanto(self) -> bool:
         """Whether the keys are a quanto tensor's own."""
-        return len(self.shape) == 2 and (self.rule.bits == 4 or (self.rule.bits == 8 and self.rule.symmetric))
+        return (
+            len(self.shape) == 2
+            and not self.rule.group
+            and (self.rule.bits == 4 or (self.rule.bits == 8 and self.rule.symmetric))
+        )
 
     @property
     def scale(self) -> Tensor:
@@ -91,7 +109,7 @@ class QWeight(nn.Module):
     @property
     def zero_point(self) -> Tensor:
         """int32, shape of :attr:`scale`, on the signed grid."""
-        if self.rule.bits == 4 and len(self.shape) == 2:
+        if self.rule.bits == 4 and len(self.shape) == 2 and not self.rule.group:
             return self._shift.to(torch.int32) - 8
         if self.rule.symmetric:
             return torch.zeros_like(self._scale, dtype=torch.int32)
@@ -99,12 +117,25 @@ class QWeight(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """Signed integer codes, ``shape`` of the float weight."""
+        """Signed integer codes, ``shape`` of the float weight: what a row's scale multiplies. With groups they are
+        8-bit, 4-bit code times multiplier."""
+        if self.rule.group:
+            return self.nibbles * spread(self._multiplier, self.rule.group, self.shape[1]).to(torch.int8)
         if self.rule.bits == 4 and len(self.shape) == 2:
             return unpack_int4(self._data._data, self.shape[0])
         if self.rule.bits == 3:
             return unpack_planes(self._planes, self.shape[0])
         return self._data if self.is_quanto else self._codes
+
+    @property
+    def nibbles(self) -> Tensor:
+        """4-bit codes of a weight with groups, int8 ``[out, in]``."""
+        return unpack_int4(self._nibbles, self.shape[0])
+
+    @property
+    def multiplier(self) -> Tensor:
+        """Of a weight with groups, uint8 ``[out, groups]``."""
+        return self._multiplier
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantized weight (computed in float32)."""
@@ -124,7 +155,7 @@ class QWeight(nn.Module):
         """This weight as an optimum-quanto tensor, sharing the integers.
 
         Raises:
-            ValueError: 3-bit, 16-bit and asymmetric 8-bit weights and norm gains have no quanto type.
+            ValueError: 3-bit, 16-bit and asymmetric 8-bit weights, groups and norm gains have no quanto type.
         """
         from optimum.quanto import qint4, qint8
         from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
@@ -132,7 +163,8 @@ class QWeight(nn.Module):
         state = {key: value.data for key, value in self.state_dict().items()}
         stride, missing = (self.shape[1] if len(self.shape) == 2 else 1, 1), []  # type: ignore[var-annotated]
         if not self.is_quanto:
-            raise ValueError(f"a {self.rule.bits}-bit weight with symmetric={self.rule.symmetric} has no quanto type")
+            kind = self.rule.granularity if self.rule.group else f"symmetric={self.rule.symmetric}"
+            raise ValueError(f"a {self.rule.bits}-bit weight with {kind} has no quanto type")
         if self.rule.bits == 4:
             tensor = WeightQBitsTensor.load_from_state_dict(state, "", qint4, 0, None, self.shape, stride, missing)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..numerics import dequantize, fake_quantize_offset, fake_quantize_weight, quantize, weight_qparams
 from ..numerics.fake import clipped_range, rescale
+from ..numerics.groups import fake_quantize_groups, group_units, spread, two_levels
 from ..plan import WeightRule, WeightSpec
 from .quantizer import Mode
 
@@ -81,6 +82,7 @@ class TunableWeight(nn.Module):
         self._kept: Tensor | None = None
         # Learned rounding and fine-tuning, once the transforms are final: see freeze().
         self._base: tuple[Tensor, Tensor, Tensor] | None = None
+        self._multiplier: Tensor | None = None
         self.offset_steps: nn.Parameter | None = None
         self.low_rank: LowRank | None = None
         self.gain_log: nn.Parameter | None = None
@@ -101,18 +103,25 @@ class TunableWeight(nn.Module):
             return rescale(self._float(), total(self.rows_log), total(self.columns_log)).to(dtype)
         offset = None if self._base is None else self._offset()
         if self._base is not None and offset is not None and self.gain_log is not None:
-            return fake_quantize_offset(*self._base, offset, self.gain_log, self.spec.grid).to(dtype)
+            base, scale, zero_point = self._base
+            step, grid = self.step(scale), self.spec.grid
+            return fake_quantize_offset(base, step, zero_point, offset, self.gain_log, grid).to(dtype)
         if self._base is not None and self.gain_log is not None:  # fixed integers, learned scales
             codes, _, zero_point = self.codes()
-            return dequantize(codes, self._base[1] * self.gain_log.exp(), zero_point).to(dtype)
+            return dequantize(codes, self.step(self._base[1]) * self.gain_log.exp(), zero_point).to(dtype)
         if self._base is not None or not (self.rows_log or self.columns_log or self.clip is not None):
             if self._kept is None:  # nothing here changes from step to step
-                self._kept = dequantize(*self.codes())
+                codes, scale, zero_point = self.codes()
+                self._kept = dequantize(codes, self.step(scale), zero_point)
             return self._kept.to(dtype)
         spec, rows, columns = self.spec, total(self.rows_log), total(self.columns_log)
         matrix = self._float()
         if matrix.ndim == 1:  # a gain: one row vector, transforms act along it
             matrix, rows, columns = matrix[None, :], None, rows
+        if spec.rule.group:
+            share = None if self.clip is None else torch.sigmoid(self.clip[:, 1:])
+            scaled = rescale(matrix, rows, columns)
+            return fake_quantize_groups(scaled, share, spec.grid, spec.rule.group).to(dtype)
         out = fake_quantize_weight(
             matrix, rows, columns, self.clip, spec.grid, symmetric=spec.rule.symmetric, per_channel=spec.per_channel
         )
@@ -129,28 +138,26 @@ class TunableWeight(nn.Module):
             codes: fix the integers themselves.
         """
         found, scale, zero_point = self.codes()
-        base = self.folded() / scale if self._base is None else self._place()
-        self.fix((found.to(torch.int32) - zero_point).float() if codes else base, scale, zero_point)
+        multiplier = self.multiplier()
+        base = self.folded() / self.step(scale, multiplier) if self._base is None else self._place()
+        self.fix((found.to(torch.int32) - zero_point).float() if codes else base, scale, zero_point, multiplier)
         self.offset_steps = self.low_rank = self.gain_log = None
 
     @torch.no_grad()
-    def fix(self, base: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        """Take ``base``, in steps of ``scale``, in place of the weight: codes are ``round(base) + zero_point``.
+    def fix(self, base: Tensor, scale: Tensor, zero_point: Tensor, multiplier: Tensor | None = None) -> None:
+        """Take ``base``, in steps, in place of the weight: codes are ``round(base) + zero_point``.
 
         Args:
             base: float32 ``[out, in]``. scale: float32 ``[out, 1]``. zero_point: int32 ``[out, 1]``.
+            multiplier: uint8 ``[out, groups]`` of a weight with groups.
         """
         self._base = (base, scale, zero_point)
+        self._multiplier = multiplier
         self._kept = None
 
     def unfix(self) -> None:
         """Undo :meth:`fix`."""
-        self._base = self._kept = None
-
-    @property
-    def fixed(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What :meth:`fix` took."""
-        return self._base
+        self._base = self._kept = self._multiplier = None
 
     def _offset(self) -> Tensor | None:
         return self.offset_steps if self.low_rank is None else self.low_rank()
@@ -178,15 +185,41 @@ class TunableWeight(nn.Module):
             _, scale, zero_point = self._base
             codes = quantize(self._place(), torch.ones_like(scale), zero_point, self.spec.grid)
             return codes, scale if self.gain_log is None else scale * self.gain_log.exp(), zero_point
-        folded, spec = self.folded(), self.spec
-        matrix = folded if folded.ndim == 2 else folded[None, :]
-        ends = clipped_range(matrix, self.clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
-        scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
-        if folded.ndim == 1:
-            scale, zero_point = scale.reshape(1), zero_point.reshape(1)
-        else:
-            scale, zero_point = (t.expand(len(folded), 1).contiguous() for t in (scale, zero_point))
-        return quantize(folded, scale, zero_point, spec.grid), scale, zero_point
+        folded = self.folded()
+        scale, zero_point, multiplier = self.encode(folded, self.clip)
+        return quantize(folded, self.step(scale, multiplier), zero_point, self.spec.grid), scale, zero_point
+
+    @torch.no_grad()
+    def encode(self, matrix: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scale ``[out, 1]`` (``[1]`` for a gain), zero point and multiplier (None without groups) of a clipped
+        ``matrix`` that takes the place of the folded weight."""
+        rule, grid = self.spec.rule, self.spec.grid
+        if rule.group:
+            units = group_units(matrix, rule.group)
+            ends = clipped_range(units, clip, symmetric=True, per_channel=True)
+            scale, multiplier = two_levels(weight_qparams(*ends, grid, True)[0].view(len(matrix), -1))
+            return scale, torch.zeros_like(scale, dtype=torch.int32), multiplier
+        rows = matrix if matrix.ndim == 2 else matrix[None, :]
+        ends = clipped_range(rows, clip, symmetric=rule.symmetric, per_channel=self.spec.per_channel)
+        scale, zero_point = weight_qparams(*ends, grid, rule.symmetric)
+        if matrix.ndim == 1:
+            return scale.reshape(1), zero_point.reshape(1), None
+        return scale.expand(len(matrix), 1).contiguous(), zero_point.expand(len(matrix), 1).contiguous(), None
+
+    @torch.no_grad()
+    def multiplier(self) -> Tensor | None:
+        """uint8 ``[out, groups]`` of a weight with groups, else None."""
+        if self._base is not None or not self.spec.rule.group:
+            return self._multiplier
+        return self.encode(self.folded(), self.clip)[2]
+
+    def step(self, scale: Tensor, multiplier: Tensor | None = None) -> Tensor:
+        """Size of a step for each weight, broadcastable to ``[out, in]``, from the row scales."""
+        if not self.spec.rule.group:
+            return scale
+        multiplier = self.multiplier() if multiplier is None else multiplier
+        assert multiplier is not None
+        return scale * spread(multiplier, self.spec.rule.group, self.shape[1])
 
     @property
     def rule(self) -> WeightRule:

@@ -49,7 +49,13 @@ class WeightSpec:
 
     @property
     def per_channel(self) -> bool:
-        return self.rule.granularity == "channel"
+        """Whether each row has a scale of its own."""
+        return self.rule.granularity != "tensor"
+
+    @property
+    def code_grid(self) -> Grid:
+        """Grid of the integers that a row's scale multiplies: with groups, 8 bits hold code times multiplier."""
+        return Grid(8, signed=True) if self.rule.group else self.grid
 
 
 @dataclass(frozen=True)
@@ -153,12 +159,30 @@ def build_plan(
     moves[f"{f.head}.input"] = normed
     act(f"{f.head}.output", "logits")
     _apply_overrides(activations, weights, overrides or {})
+    _refuse_groups(weights)
     if geometry.tied and weights[f.head].rule != weights[f.embedding].rule:
         raise ValueError(
             f"{f.head} reads the table of {f.embedding} (tied weights), so the two cannot differ: "
             f"override the weights of both alike"
         )
     return Plan(family, geometry, activations, weights, moves)
+
+
+def _refuse_groups(weights: Mapping[str, WeightSpec]) -> None:
+    """Groups are for 4-bit symmetric projections."""
+    for name, spec in weights.items():
+        if not spec.rule.group:
+            continue
+        if spec.role in ("embedding", "head"):
+            raise ValueError(
+                f"{name} cannot have {spec.rule.granularity}: the embedding table and the head have one scale a row; "
+                'name the projections in the override, e.g. "*_proj"'
+            )
+        if spec.rule.bits != 4 or not spec.rule.symmetric:
+            raise ValueError(
+                f"{name} has {spec.rule.bits}-bit {'' if spec.rule.symmetric else 'a'}symmetric weights, but "
+                f'{spec.rule.granularity} is for 4 bits, symmetric: set "weight_bits": 4, or granularity "channel"'
+            )
 
 
 def _apply_overrides(

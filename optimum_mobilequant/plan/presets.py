@@ -10,14 +10,26 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+GROUPS = {"group32": 32, "group64": 64, "group128": 128}
+GRANULARITIES = ("channel", "tensor", *GROUPS)
+
 
 @dataclass(frozen=True)
 class WeightRule:
-    """How the weights of one role are stored: ``granularity`` is ``"channel"`` (output rows) or ``"tensor"``."""
+    """How the weights of one role are stored.
+
+    ``granularity`` is ``"channel"`` (a scale for each output row), ``"tensor"``, or ``"group128"`` and the like: rows
+    with a whole multiplier for each 128 columns (``numerics.groups``), 4 bits and symmetric.
+    """
 
     bits: int
     symmetric: bool = True
     granularity: str = "channel"
+
+    @property
+    def group(self) -> int | None:
+        """Columns of a group, or None."""
+        return GROUPS.get(self.granularity)
 
 
 # Roles of activations, in the order of the data flow.
@@ -92,9 +104,8 @@ class Scheme:
             raise ValueError(f"activation bits must be 8 or 16, not {bad}")
         if bad_rules := {role: rule for role, rule in weights.items() if rule.bits not in (3, 4, 8, 16)}:
             raise ValueError(f"weight bits must be 3, 4, 8 or 16, not {bad_rules}")
-        units = ("channel", "tensor")
-        if bad_rules := {role: rule for role, rule in weights.items() if rule.granularity not in units}:
-            raise ValueError(f'weight granularity must be "channel" or "tensor", not {bad_rules}')
+        if bad_rules := {role: rule for role, rule in weights.items() if rule.granularity not in GRANULARITIES}:
+            raise ValueError(f"weight granularity must be one of {GRANULARITIES}, not {bad_rules}")
         return cls(weights, activations, data.get("summary", ""))
 
 
@@ -116,6 +127,9 @@ _ALL_8 = dict.fromkeys(BASE_ACTIVATIONS, 8) | {"rope_table": 16}
 PRESETS: dict[str, Scheme] = {
     "w8a8": _scheme(WeightRule(8), "8-bit weights, 8-bit activations, 16-bit residual and softmax"),
     "w4a8": _scheme(WeightRule(4), "4-bit symmetric per-channel weights, activations as w8a8 (the deployable form)"),
+    "w4a8-g128": _scheme(
+        WeightRule(4, granularity="group128"), "as w4a8, with a whole multiplier of the scale for each 128 weights"
+    ),
     "w4a8-asym": _scheme(
         WeightRule(4, symmetric=False), "4-bit asymmetric per-channel weights, as in the paper", _AS_PUBLISHED
     ),

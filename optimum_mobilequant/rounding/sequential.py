@@ -21,7 +21,7 @@ from ..tune.parameters import encode_anew
 from .compensate import Compensation, InputMoments, compensate
 from .magr import reduce_magnitude
 
-Rounded = dict[str, tuple[Tensor, Tensor, Tensor]]
+Rounded = dict[str, dict[str, Tensor]]  # module path -> arguments of TunableWeight.fix
 Call = tuple[Tensor, dict[str, Any]]  # hidden states that enter a layer, and its other arguments
 Streams = dict[Mode, list[Call]]
 Snapshot = Callable[[Rounded, int], None]
@@ -67,7 +67,7 @@ def round_layers(
         snapshot: called after each layer but the last.
 
     Returns:
-        module path -> (weight in steps, scale, zero point), as :meth:`.TunableWeight.fix` takes them.
+        module path -> what :meth:`.TunableWeight.fix` takes.
     """
     device = next(student.buffers()).device
     batches = [ids.to(device) for ids in train.split(batch_size)]
@@ -76,8 +76,8 @@ def round_layers(
     set_mode(student, Mode.QUANTIZE)
     rounded: Rounded = {}
     for name, parts in (done or {}).items():
-        rounded[name] = (*(part.to(device) for part in parts),)  # type: ignore[assignment]
-        weights[name].fix(*rounded[name])
+        rounded[name] = {key: part.to(device) for key, part in parts.items()}
+        weights[name].fix(**rounded[name])
     first = student.get_submodule(plan.family.layer(0))
     streams: Streams = {}
     # The student without rounding is the float model, in the coordinates of its transforms.
@@ -93,7 +93,7 @@ def round_layers(
                 moments = _moments(layer, student.get_submodule(group[0]), streams)
                 for name in group:
                     rounded[name] = _round(weights[name], moments, method)
-                    weights[name].fix(*rounded[name])
+                    weights[name].fix(**rounded[name])
             if snapshot is not None and i + 1 < layers:
                 snapshot(rounded, i + 1)
         if i + 1 < layers:
@@ -149,12 +149,14 @@ def _read(layer: nn.Module, linear: QuantLinear, call: Call, mode: Mode) -> Tens
     return seen.pop().flatten(0, -2).float()
 
 
-def _round(weight: TunableWeight, moments: InputMoments, method: Method) -> tuple[Tensor, Tensor, Tensor]:
+def _round(weight: TunableWeight, moments: InputMoments, method: Method) -> dict[str, Tensor]:
     folded = weight.folded()
-    _, scale, zero_point = weight.codes()
-    start = folded
     if method.magr:
-        start = reduce_magnitude(folded.double(), moments.hessian).float()
-        scale, zero_point = encode_anew(weight, start)
-    base = compensate(start, moments, scale, zero_point, weight.spec.grid, method.compensation)
-    return base, scale, zero_point
+        folded = reduce_magnitude(folded.double(), moments.hessian).float()
+        scale, zero_point, multiplier = encode_anew(weight, folded)
+    else:
+        scale, zero_point, multiplier = weight.encode(folded, weight.clip)
+    step = weight.step(scale, multiplier)
+    base = compensate(folded, moments, step, zero_point, weight.spec.grid, method.compensation)
+    fixed = {"base": base, "scale": scale, "zero_point": zero_point}
+    return fixed if multiplier is None else fixed | {"multiplier": multiplier}

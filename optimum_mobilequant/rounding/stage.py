@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ..log import get_logger
-from ..nn.tunable import TunableWeight
 from ..tune import Learnables, LearnResult
 from ..tune.objective import make_objective
 from .compensate import Compensation
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from ..prepare import Prepared
 
 logger = get_logger(__name__)
-
-_PARTS = ("base", "scale", "zero_point")
 
 
 def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
@@ -35,7 +31,9 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
     """
     s, weights = job.settings, dict(learnables.projections())
     if (kept := job.run.load("round")) is not None:
-        _fix(weights, _unflatten(kept[0]), next(student.buffers()).device)
+        device = next(student.buffers()).device
+        for name, parts in _unflatten(kept[0]).items():
+            weights[name].fix(**{key: part.to(device) for key, part in parts.items()})
         return LearnResult.from_dict(kept[1])
     started, layers = time.monotonic(), job.plan.geometry.layers
     objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
@@ -79,16 +77,13 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
     return result
 
 
-def _fix(weights: Mapping[str, TunableWeight], rounded: Rounded, device: torch.device) -> None:
-    for name, (base, scale, zero_point) in rounded.items():
-        weights[name].fix(base.to(device), scale.to(device), zero_point.to(device))
-
-
 def _flatten(rounded: Rounded) -> dict[str, Tensor]:
-    return {f"{name}/{part}": t for name, parts in rounded.items() for part, t in zip(_PARTS, parts, strict=True)}
+    return {f"{name}/{key}": part for name, parts in rounded.items() for key, part in parts.items()}
 
 
 def _unflatten(tensors: Mapping[str, Tensor]) -> Rounded:
-    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-    parts: Any = {name: tuple(tensors[f"{name}/{part}"] for part in _PARTS) for name in names}
-    return dict(parts)
+    rounded: Rounded = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        rounded.setdefault(name, {})[key] = tensor
+    return rounded

@@ -12,6 +12,7 @@ from ..nn import Mode, Quantizer, quantizers_of, set_mode
 from ..nn.modules import QuantLinear
 from ..nn.tunable import LogScale, TunableWeight
 from ..numerics.fake import clipped_range, round_straight_through
+from ..numerics.groups import group_units
 from ..numerics.qparams import affine_qparams, affine_scale_and_offset, dequantize, quantize, weight_qparams
 from ..plan import Plan, WeightSpec
 from ..transform import Edge
@@ -142,21 +143,24 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # parameter names may not hold dots
 
 
-def encode_anew(weight: TunableWeight, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale ``[out, 1]`` and zero point of ``matrix``, which takes the place of what ``weight`` holds.
+def encode_anew(weight: TunableWeight, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What :meth:`.TunableWeight.encode` returns for a ``matrix`` that takes the place of what ``weight`` holds.
 
     A weight that was clipped is clipped anew, at the least squared error: its clipping is a share of the range it had.
     """
-    spec = weight.spec
-    clip = None if weight.clip is None else least_error_clip(matrix, spec)
-    ends = clipped_range(matrix, clip, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
-    scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
-    return scale.expand(len(matrix), 1).contiguous(), zero_point.expand(len(matrix), 1).contiguous()
+    return weight.encode(matrix, None if weight.clip is None else least_error_clip(matrix, weight.spec))
 
 
 def _constant_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
-    units = len(matrix) if spec.per_channel else 1
-    return torch.full((units, 2), DEFAULT_CLIP_LOGIT, device=matrix.device)
+    units = _units(matrix, spec)
+    return torch.full((len(units), 2), DEFAULT_CLIP_LOGIT, device=matrix.device)
+
+
+def _units(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    """The weight with a row for each range."""
+    if spec.rule.group:
+        return group_units(matrix, spec.rule.group)
+    return matrix if spec.per_channel else matrix.reshape(1, -1)
 
 
 def least_error_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
@@ -168,14 +172,15 @@ def least_error_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
     Returns:
         float32 ``[units, 2]``.
     """
+    units, symmetric = _units(matrix, spec), spec.rule.symmetric
     best_logit = _constant_clip(matrix, spec)
-    best_error = torch.full((len(best_logit), 1), float("inf"), device=matrix.device)
+    best_error = torch.full((len(units), 1), float("inf"), device=matrix.device)
     for share in torch.linspace(0.5, 0.99, 50).tolist():
         logit = torch.full_like(best_logit, torch.logit(torch.tensor(share)).item())
-        ends = clipped_range(matrix, logit, symmetric=spec.rule.symmetric, per_channel=spec.per_channel)
-        scale, zero_point = weight_qparams(*ends, spec.grid, spec.rule.symmetric)
-        error = (dequantize(quantize(matrix, scale, zero_point, spec.grid), scale, zero_point) - matrix).square()
-        error = error.mean(1, keepdim=True) if spec.per_channel else error.mean().reshape(1, 1)
+        ends = clipped_range(units, logit, symmetric=symmetric, per_channel=True)
+        scale, zero_point = weight_qparams(*ends, spec.grid, symmetric)
+        rounded = dequantize(quantize(units, scale, zero_point, spec.grid), scale, zero_point)
+        error = (rounded - units).square().mean(1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_logit = torch.where(better, logit, best_logit)

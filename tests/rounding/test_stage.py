@@ -123,7 +123,7 @@ def test_stored_codes_are_the_compensated_ones():
         student, job.plan, weights, job.data.train, Method(False, Compensation(), False), batch_size=16
     )
     for name, weight in weights.items():
-        base, scale, _ = rounded[name]
+        base, scale = rounded[name]["base"], rounded[name]["scale"]
         codes = weight.codes()[0]
         assert torch.equal(codes.float(), base.round().clamp(-8, 7))
         assert torch.equal(weight(torch.float32), codes.float() * scale)

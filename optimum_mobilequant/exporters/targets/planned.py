@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ...graph.ir import Encoding
 from ...graph.source import Constant
 from ...numerics import Grid
+from ...numerics.groups import groups_of
 from ...plan import Plan
 
 
@@ -30,6 +31,10 @@ class PlannedTensors:
         module: Any = self.model.get_submodule(path)
         spec, shape = self.plan.weights[path], tuple(module.weight.shape)
         zero_point = 0 if spec.rule.symmetric else 1
+        if spec.rule.group:
+            scale = torch.ones(shape[0], groups_of(shape[1], spec.rule.group))
+            zeros = torch.zeros_like(scale, dtype=torch.int32)
+            return _nothing(shape, Encoding(scale, zeros, spec.grid, block_size=spec.rule.group))
         return _nothing(shape, _encoding(spec.grid, shape[0] if spec.per_channel else None, zero_point))
 
     def bias(self, path: str, owner: str) -> Constant | None:
