@@ -16,7 +16,12 @@ from tests.exporters import fixed
 from tests.graph import floating
 
 HTP = TARGETS["qnn_htp"]
-REFUSED = {"w4a8-asym", "w8a8-paper"}
+_ASYMMETRIC = ("asymmetric weights for each channel", 'use preset "w4a8" or "w8a8"')
+REFUSED = {
+    "w4a8-asym": _ASYMMETRIC,
+    "w8a8-paper": _ASYMMETRIC,
+    "w4a8-g128": ("weights for each block", 'preset "w4a8" or "w4a16"'),
+}
 LAYER = "model.layers.0"
 
 
@@ -74,8 +79,8 @@ def test_presets_on_htp(variant, preset):
     with pytest.raises(ValueError, match="qnn_htp cannot run") as error:
         planned(preset, variant)
     text = str(error.value)
-    assert "asymmetric weights for each channel" in text
-    assert 'use preset "w4a8" or "w8a8"' in text
+    what, fix = REFUSED[preset]
+    assert what in text and fix in text
     assert f"{LAYER}." in text
     assert len(text) < 1000
 
