@@ -84,7 +84,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         cross_entropy, temperature, attention_alignment, attention_entropy, token_share: the loss of fine-tuning, see
             ``optimum_mobilequant.tune.distill.Terms``.
         gradient_checkpointing: recompute each layer in the backward pass: a third more time for a fraction of the
-            memory, the same result bit for bit. None recomputes.
+            memory, the same result bit for bit. None recomputes where the tensors of all layers would fill more than
+            half of the free memory.
         teacher_dtype: ``"float32"`` or ``"bfloat16"``.
         device: where to work, e.g. ``"cuda:0"``; None stays where the model is.
         run_dir: folder that keeps finished stages so that an interrupted run resumes; None keeps nothing.

@@ -28,7 +28,7 @@ from .tune import (
 )
 from .tune.distill import distillation_losses
 from .tune.loop import Loss, Trainable, mean_loss
-from .tune.objective import make_objective
+from .tune.objective import Objective, make_objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def quantize(
 
     with prepare(model, tokenizer, config or MobileQuantConfig(), run_dir) as job:
         allocate_bits(job)
-        student = build_student(model, job.plan, checkpointing=job.settings.gradient_checkpointing)
+        student = build_student(model, job.plan, checkpointing=bool(job.settings.gradient_checkpointing))
         statistics = calibrate(student, job)
         learnables = transform(model, student, statistics, job)
         result = learn(model, student, learnables, job)
@@ -123,7 +123,7 @@ def start_scales(
 def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
     """Stage 30: tune what the recipe learns against the float model; the best validated parameters are kept."""
     s, data = job.settings, job.data
-    objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
+    objective = objective_of(job, s.steps)
     job.before(student)
 
     def loss_of(ids: Tensor) -> Tensor:
@@ -161,6 +161,13 @@ def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Pre
     return result
 
 
+def objective_of(job: Prepared, steps: int) -> Objective:
+    """What ``steps`` of tuning minimise, with the teacher's targets kept where they are used again."""
+    s = job.settings
+    shared: dict[str, Any] = {"rows": job.repeated(steps), "batch_size": s.batch_size}
+    return make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype, **shared)
+
+
 def round_weights(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:
     """Stage 35: with the transforms fixed, choose the code of each weight. None where it is the nearest."""
     if job.settings.rounding in COMPENSATED:
@@ -174,7 +181,7 @@ def learn_rounding(model: nn.Module, student: nn.Module, learnables: Learnables,
     if not s.rounding_steps:
         return None
     rounding = Rounding(student, learnables)
-    objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
+    objective = objective_of(job, s.rounding_steps)
     result = train_stage(
         "round",
         rounding,

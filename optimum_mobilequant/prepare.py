@@ -26,7 +26,7 @@ from .hub.names import hub_id_of
 from .log import get_logger
 from .overlap import passages_of
 from .plan import Plan, build_plan
-from .resources import memory_estimate, peak_memory
+from .resources import available_memory, checkpoints, memory_estimate, peak_memory
 from .run_data import RunData, peek, run_data, tokenizer_of
 from .run_dir import RunDirectory, fingerprint_of, weights_digest
 from .settings import Settings
@@ -130,6 +130,15 @@ class Prepared:
             "ranges": s.lr_ranges / 3 if s.finetune_ranges else 0.0,
         }
 
+    def repeated(self, steps: int) -> list[Tensor]:
+        """Sequences on which the teacher is worth computing once and for all: those that ``steps`` of tuning read
+        several times, unless its hidden states on them would fill more than a quarter of the free memory."""
+        s, rows = self.settings, [self.data.validation]
+        if s.tuning != "block-wise" and steps * s.batch_size >= 2 * len(self.data.train):
+            rows.append(self.data.train)
+        size = 4 * self.plan.geometry.hidden * sum(part.numel() for part in rows)
+        return rows if steps and size <= available_memory(self.model.device) // 4 else []
+
     def before(self, student: nn.Module) -> None:
         """Measure the float model and the untuned student on the validation text."""
         self.float_nll = nll(self.model, self.data.validation, self.settings.batch_size)
@@ -219,6 +228,7 @@ def prepare(
         tokenizer = tokenizer_of(model, config)
     positions = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
     settings = replace(settings, seq_len=min(settings.seq_len, positions))
+    settings = replace(settings, gradient_checkpointing=checkpoints(plan, settings, config.device or model.device))
     tunes = settings.finetune != "none"
     teachers = load_teachers(config.teachers, model, tokenizer, seq_len=settings.seq_len) if tunes else []
     source = run_data(model, tokenizer, config, settings)

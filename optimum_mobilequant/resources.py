@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +17,10 @@ from .settings import Settings
 def memory_estimate(plan: Plan, settings: Settings) -> int:
     """Bytes a run needs beyond the interpreter.
 
-    Float32 weights; for training, the rounded weights and activations that the backward pass reads (with gradient
-    checkpointing those of one layer): two tensors for each learned quantizer and one for what lies between, one score
-    matrix for the softmax and one of probabilities; and the logits of one batch, of student and teacher, with the
-    gradients of their divergence.
+    Float32 weights; for training, what the backward pass reads: the tensors that were rounded, of all layers or, with
+    gradient checkpointing, the inputs of all layers and the tensors of one; the logits of one batch with the gradient
+    of their divergence; and one layer's rounded weights with their gradients. Rounded tensors, scores, probabilities
+    and the teacher's logits are computed again where they are needed.
     """
     g = plan.geometry
     layer = 2 * g.head_dim * (g.heads + g.kv_heads) * g.hidden + 3 * g.hidden * g.mlp
@@ -32,14 +34,52 @@ def memory_estimate(plan: Plan, settings: Settings) -> int:
         streams = 2 if settings.rounding == "qronos" else 1
         compensated = streams * settings.samples * settings.seq_len * g.hidden + layer * g.layers
         compensated += 10 * max(g.hidden, g.mlp, g.heads * g.head_dim) ** 2
-    if not (settings.steps or settings.rounding_steps):
+    if not _trains(settings):
         plain = layer * (g.layers + 1) + 2 * embedding + tokens * (sites + 4 * scores + 3 * g.vocabulary)
         return 4 * (plain + compensated)
-    kept = 1 if settings.gradient_checkpointing else g.layers
-    activations = tokens * (kept * (3 * sites + 2 * scores) + 3 * scores + 10 * g.vocabulary)
+    rounded = 8 * g.hidden + 3 * g.head_dim * (g.heads + g.kv_heads) + 4 * g.mlp
+    layers = 2 * sites + g.layers * g.hidden if settings.gradient_checkpointing else sites + g.layers * rounded
+    activations = tokens * (layers + 5 * g.vocabulary)
     # Learned rounding: the weight in steps, its offset, running mean, best state, two moments and the gradient.
     offsets = 7 * layer * g.layers if settings.rounding_steps else 0
-    return 4 * (layer * (g.layers + kept) + 2 * embedding + activations + offsets + compensated)
+    return 4 * (layer * (g.layers + 3) + 2 * embedding + activations + offsets + compensated)
+
+
+def _trains(settings: Settings) -> bool:
+    return bool(settings.steps or settings.rounding_steps or settings.finetune_steps)
+
+
+def checkpoints(plan: Plan, settings: Settings, device: torch.device | str) -> bool:
+    """Whether layers are recomputed in the backward pass: as asked for, or else where keeping what it reads would take
+    more than half of the memory that is free now. The result is the same bit for bit."""
+    if settings.gradient_checkpointing is not None or not _trains(settings):
+        return bool(settings.gradient_checkpointing)
+    return memory_estimate(plan, replace(settings, gradient_checkpointing=False)) > available_memory(device) // 2
+
+
+def available_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that a process could take now without swapping (0 where the system does not tell)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        line = next(line for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvail"))
+        return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: all of it, of which half may be free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 0
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Let :func:`peak_memory` count from now on; False where the system cannot (then it counts from the start)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:  # Linux: 5 sets the peak resident size to the present one
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def reset_peak_memory(device: torch.device | str = "cpu") -> bool:

@@ -64,7 +64,7 @@ class Settings:
     attention_entropy: float
     token_share: float
     finetune_ranges: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | None
     teacher_dtype: str
 
 
@@ -233,7 +233,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             "effort": effort.name,
             "seed": seed,
             "finetune_ranges": values["finetune"] != "none" and asked.get("learn_ranges", True),
-            "gradient_checkpointing": bool(asked.get("gradient_checkpointing", trained > 0)),
+            "gradient_checkpointing": asked.get("gradient_checkpointing") if trained else False,
             "teacher_dtype": asked.get("teacher_dtype", "float32"),
         }
     )

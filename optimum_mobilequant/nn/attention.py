@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from .quantizer import Mode
+from .tuned_attention import Encoding, attend
+
 NAME = "mobilequant"
 
 
@@ -21,7 +24,7 @@ def quantized_attention(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,  # the interface passes options of other implementations
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention with every tensor rounded by the quantizers that ``swap`` hung on ``module``.
 
     The cache holds keys before ``key_rotated`` rounds them and values that ``v_proj`` has rounded: rounding is
@@ -32,9 +35,13 @@ def quantized_attention(
         attention_mask: additive float ``[batch, 1, q, k]`` (0 visible, very negative hidden) or None.
 
     Returns:
-        context ``[batch, q, heads, head_dim]`` and probabilities ``[batch, heads, q, k]``.
+        context ``[batch, q, heads, head_dim]`` and probabilities ``[batch, heads, q, k]`` (None while tuning on CPUs).
     """
     query, key = module.query_rotated(query), module.key_rotated(key)
+    if _tunes(module, query):
+        encodings = (Encoding(q.scale, q.zero_point, q.spec.grid) for q in (module.scores, module.probabilities))
+        context = attend(query, key, value, attention_mask, scaling, *encodings)
+        return module.context(context.transpose(1, 2).contiguous()), None
     batch, heads, length, head_dim = query.shape
     # The query heads that share a KV head are rows of one product: nothing is repeated.
     grouped = (batch, key.shape[1], heads // key.shape[1] * length)
@@ -48,6 +55,13 @@ def quantized_attention(
     probabilities = module.probabilities(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype))
     context = torch.matmul(probabilities.view(*grouped, -1), value).view(batch, heads, length, -1)
     return module.context(context.transpose(1, 2).contiguous()), probabilities
+
+
+def _tunes(module: Any, query: Tensor) -> bool:
+    """Whether the form for tuning may be taken: on CPUs, unless somebody looks at the tensors that it does not show."""
+    inner: tuple[Any, ...] = (module.scores, module.probabilities)
+    hooked = any(quantizer._forward_hooks for quantizer in inner)
+    return inner[0].mode is Mode.LEARN and query.device.type == "cpu" and query.dtype == torch.float32 and not hooked
 
 
 def refuse_other_attention(module: Any, args: Any) -> None:

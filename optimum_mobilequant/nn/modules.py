@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..numerics.product import product
 from .quantizer import Quantizer
 from .qweight import QWeight
 from .tunable import TunableBias, TunableWeight
@@ -80,7 +81,8 @@ class QuantLinear(_Biased):
         weight = self._weight()(x.dtype)
         if self.tied is not None:
             weight = weight.to(x.device)  # a device map may put the head on another card than its table
-        return self.output(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+        multiply = product if isinstance(self._weight(), TunableWeight) else F.linear
+        return self.output(multiply(x, weight, None if bias is None else bias.to(x.dtype)))
 
 
 class QuantNorm(_Biased):
@@ -115,7 +117,9 @@ class QuantNorm(_Biased):
         if self.input is not None:
             # The decoder layer adds this same tensor to the MLP's output: rounding it in place is what makes the
             # residual branch carry the codes that the norm sees.
-            x.copy_(self.input(x.clone()))
+            rounded = self.input(x.clone())
+            x.copy_(rounded)
+            x = rounded
         h: Tensor = _Normalise.apply(x.float(), self.weight(torch.float32), self.eps, self.centre)
         bias = self.bias() if isinstance(self.bias, TunableBias) else self.bias
         return self.output((h if bias is None else h + bias.float()).to(x.dtype))

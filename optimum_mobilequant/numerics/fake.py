@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from .qparams import Grid, weight_qparams
+from .recompute import follows_from
 
 
 def _snap(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    return _snap_steps(torch.div(x, scale), scale, zero_point, grid)
+
+
+def snap_(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Round ``x`` to the grid in place, without gradients; returns it. Arguments as :func:`fake_quantize`."""
+    return _snap_steps(x.div_(scale), scale, zero_point.to(scale.dtype), grid)
+
+
+def _snap_steps(steps: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     # clamp(round(x/s) + z) - z == clamp(round(x/s), qmin - z, qmax - z): integers, so exact, and one pass less.
-    codes = torch.div(x, scale).round_()
+    codes = steps.round_()
     if _on_cpu(zero_point):  # scalar bounds vectorise; reading them costs nothing where there is no stream to wait for
         zero = int(zero_point)
         return codes.clamp_(grid.qmin - zero, grid.qmax - zero).mul_(scale)
@@ -70,7 +80,8 @@ def fake_quantize_open(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid)
 class _FakeQuantizeOpen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-        return _snap(x, scale, zero_point.to(scale.dtype), grid)
+        zero_point = zero_point.to(scale.dtype)
+        return follows_from(_snap(x, scale, zero_point, grid), lambda t: _snap(t, scale, zero_point, grid), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,17 +99,19 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         out = _snap(x, scale, zero_point, grid)
-        ctx.save_for_backward(x, out, scale, zero_point)
+        ctx.save_for_backward(x, scale, zero_point)
         ctx.grid = grid
-        return out
+        scale, zero_point = scale.detach(), zero_point.detach()
+        return follows_from(out, lambda t: _snap(t, scale, zero_point, grid), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, out, scale, zero_point = ctx.saved_tensors
+        x, scale, zero_point = ctx.saved_tensors
         grad_x = _inside_only(grad, x, scale, zero_point, ctx.grid)
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
+            out = _snap(x, scale, zero_point, ctx.grid)
             flat, flat_x = grad.reshape(-1), grad_x.reshape(-1)
             grad_scale = (torch.dot(flat, out.reshape(-1)) - torch.dot(flat_x, x.reshape(-1))) / scale
             if ctx.needs_input_grad[2]:
@@ -174,17 +187,23 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         low, high = clipped_range(scaled, clip, symmetric=symmetric, per_channel=per_channel)
         scale, zero_point = weight_qparams(low, high, grid, symmetric)
         out = _snap(scaled, scale, zero_point.float(), grid)
-        # Only the constant weight and vectors are kept: the rescaled copy is recomputed.
-        ctx.save_for_backward(weight, row_log, column_log, clip, out, low, high, scale, zero_point)
+        # Only the constant weight and vectors are kept: the rescaled copy and the result are recomputed.
+        ctx.save_for_backward(weight, row_log, column_log, clip, low, high, scale, zero_point)
         ctx.scheme = (grid, symmetric, per_channel)
-        return out
+
+        def again(weight: Tensor) -> Tensor:
+            return _snap(rescale(weight, rows, columns), scale, zero_point.float(), grid)
+
+        rows, columns = (None if t is None else t.detach() for t in (row_log, column_log))
+        return follows_from(out, again, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, row_log, column_log, clip, out, low, high, scale, zero_point = ctx.saved_tensors
+        weight, row_log, column_log, clip, low, high, scale, zero_point = ctx.saved_tensors
         grid, symmetric, per_channel = ctx.scheme
         scaled = rescale(weight, row_log, column_log)
+        out = _snap(scaled, scale, zero_point.float(), grid)
         grad_scaled = _inside_only(grad, scaled, scale, zero_point, grid)
         product = grad_scaled * scaled  # d/dlog of a scale is the sum of these over what it multiplies
 
@@ -239,6 +258,10 @@ def fake_quantize_offset(
     return out
 
 
+def _snap_offset(base: Tensor, offset: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return (base + offset).round_().clamp_(low, high).mul_(step)
+
+
 class _FakeQuantizeOffset(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -246,15 +269,15 @@ class _FakeQuantizeOffset(torch.autograd.Function):
     ) -> Tensor:
         step = scale * gain_log.exp()
         low, high = (grid.qmin - zero_point).float(), (grid.qmax - zero_point).float()
-        out = (base + offset).round_().clamp_(low, high).mul_(step)
-        ctx.save_for_backward(base, offset, step, out, low, high)
-        return out
+        ctx.save_for_backward(base, offset, step, low, high)
+        out = _snap_offset(base, offset, step, low, high)
+        return follows_from(out, _snap_offset, base, offset, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        base, offset, step, out, low, high = ctx.saved_tensors
-        place = base + offset
+        base, offset, step, low, high = ctx.saved_tensors
+        place, out = base + offset, _snap_offset(base, offset, step, low, high)
         inside = (place > low - 0.5) & (place < high + 0.5)
         return None, None, None, grad * step * inside, (grad * out).sum(1, keepdim=True), None
 

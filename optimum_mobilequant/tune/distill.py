@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import Mode, set_mode
+from ..numerics.recompute import recomputing
 from ..plan import Plan
 from ..settings import Settings
 from .objective import kl_top_k, normalised_mse
@@ -151,7 +152,10 @@ def make_distillation(
 
     def loss_of(student: nn.Module, ids: Tensor) -> Tensor:
         logits_of_teachers, scores = targets(ids)
-        with _seen(student, plan, ("query_rotated", "key_rotated", "scores") if terms.attention else ()) as seen:
+        with (
+            recomputing(),
+            _seen(student, plan, ("query_rotated", "key_rotated", "scores") if terms.attention else ()) as seen,
+        ):
             logits = student(input_ids=ids, use_cache=False).logits
         where = important_tokens(scores, terms.token_share) if terms.token_share < 1 else None
         losses = []

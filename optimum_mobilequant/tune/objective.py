@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..numerics.recompute import recomputing
 from ..plan import Plan
+from .targets import Targets, entering, teacher_arithmetic
 
 # Positions whose distributions are held at once: bounds memory for large vocabularies.
 _BLOCK = 512
 
+Objective = Callable[[nn.Module, nn.Module, Tensor], Tensor]  # student, teacher, ids -> loss
 
-def kl_top_k(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
+
+def kl_top_k(
+    student: Tensor, teacher: Tensor, top_k: int, *, head: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Mean KL(teacher || student) over positions, on the teacher's ``top_k`` tokens plus one bucket for the tail.
 
     With ``top_k`` >= vocabulary this is the full divergence (KL-Top: OSTQuant, Hu et al. 2025, with the tail kept so
     that the student cannot move mass there for free).
 
     Args:
-        student, teacher: logits ``[..., vocabulary]``.
+        student: logits ``[..., vocabulary]``.
+        teacher: logits likewise; or, with ``head``, hidden states ``[..., hidden]`` that it maps to logits, a block of
+            positions at a time, so that the teacher's logits are never in memory at once.
 
     Returns:
         0-dim float32, nats.
     """
-    loss: Tensor = _KLTopK.apply(student.flatten(0, -2), teacher.flatten(0, -2), top_k)
+    loss: Tensor = _KLTopK.apply(student.flatten(0, -2), teacher.flatten(0, -2), top_k, head)
     return loss
 
 
@@ -40,21 +47,28 @@ class _KLTopK(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, top_k: int, head: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         total = torch.zeros((), device=student.device)
-        slope = torch.empty_like(student, dtype=torch.float32)
-        for s, t, out in zip(student.split(_BLOCK), teacher.split(_BLOCK), slope.split(_BLOCK), strict=True):
-            log_p, log_q = F.log_softmax(t.float(), dim=-1), F.log_softmax(s.float(), dim=-1)
-            if top_k >= t.shape[-1]:
-                out.copy_(log_q.exp() - log_p.exp())
+        slope = torch.empty_like(student, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(student), _BLOCK):
+            s, t = student[start : start + _BLOCK], teacher[start : start + _BLOCK]
+            log_p = F.log_softmax((t if head is None else head(t)).float(), dim=-1)
+            log_q = F.log_softmax(s.float(), dim=-1)
+            out = None if slope is None else slope[start : start + _BLOCK]
+            if top_k >= log_p.shape[-1]:
+                if out is not None:
+                    torch.exp(log_q, out=out)
+                    out.sub_(log_p.exp())
             else:
                 log_p, index = log_p.topk(top_k, dim=-1)
-                out.copy_(log_q.exp())
-                log_q = log_q.gather(-1, index)
-                rest_p, rest_q = _log_rest(log_p), _log_rest(log_q)
-                heads = log_q.exp() - log_p.exp()
-                out.mul_(1 - (rest_p - rest_q).exp()).scatter_(-1, index, heads)
-                log_p, log_q = torch.cat([log_p, rest_p], dim=-1), torch.cat([log_q, rest_q], dim=-1)
+                heads_q = log_q.gather(-1, index)
+                rest_p, rest_q = _log_rest(log_p), _log_rest(heads_q)
+                if out is not None:
+                    torch.exp(log_q, out=out)
+                    out.mul_(1 - (rest_p - rest_q).exp()).scatter_(-1, index, heads_q.exp() - log_p.exp())
+                log_p, log_q = torch.cat([log_p, rest_p], dim=-1), torch.cat([heads_q, rest_q], dim=-1)
             total += F.kl_div(log_q, log_p, log_target=True, reduction="sum")
         ctx.save_for_backward(slope)
         ctx.dtype = student.dtype
@@ -63,7 +77,7 @@ class _KLTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return (slope * (grads[0] / len(slope))).to(ctx.dtype), None, None
+        return slope.mul_(grads[0] / len(slope)).to(ctx.dtype), None, None, None
 
 
 def _log_rest(log_p: Tensor) -> Tensor:
@@ -77,47 +91,46 @@ def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher) / teacher.square().mean().clamp(min=1e-12)
 
 
-@contextmanager
-def _last_hidden(model: nn.Module, plan: Plan) -> Any:
-    """Collect what enters the final norm: the hidden states after the last decoder layer."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(plan.family.final_norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
 def make_objective(
-    name: str, plan: Plan, *, top_k: int, teacher_dtype: str = "float32"
-) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
+    name: str,
+    plan: Plan,
+    *,
+    top_k: int,
+    teacher_dtype: str = "float32",
+    rows: Sequence[Tensor] = (),
+    batch_size: int = 1,
+) -> Objective:
     """The function (student, teacher, ids) -> loss.
 
     ``"logits_kl"``: :func:`kl_top_k`, on the whole vocabulary where selecting ``top_k`` would cost more than it saves.
     ``"hidden_mse"``: squared error after the last decoder layer, before the final
     norm, the objective of the published method (MobileQuant, section 3.3), here relative to the teacher's mean square.
-    """
 
+    Args:
+        rows, batch_size: sequences on which the teacher is computed once; see :class:`.targets.Targets`.
+    """
+    family = plan.family
     if plan.geometry.vocabulary <= 4 * top_k:
         top_k = plan.geometry.vocabulary
-
-    @contextmanager
-    def float_teacher(ids: Tensor) -> Any:
-        # Targets are computed batch by batch and dropped: nothing is cached.
-        reduced = teacher_dtype != "float32"
-        with torch.no_grad(), torch.autocast(ids.device.type, getattr(torch, teacher_dtype), enabled=reduced):
-            yield
+    place = family.head if name == "logits_kl" else family.final_norm
+    targets = Targets(place, rows, batch_size=batch_size, dtype=teacher_dtype)
 
     def logits_kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
-        with float_teacher(ids):
-            target = teacher(input_ids=ids, use_cache=False).logits
-        return kl_top_k(student(input_ids=ids, use_cache=False).logits, target, top_k)
+        target = targets(teacher, ids)
+
+        def head(hidden: Tensor) -> Tensor:
+            with teacher_arithmetic(ids.device, teacher_dtype):
+                logits: Tensor = teacher.get_submodule(family.head)(hidden)
+            return logits
+
+        with recomputing():
+            logits = student(input_ids=ids, use_cache=False).logits
+            return kl_top_k(logits, target, top_k, head=head)
 
     def hidden_mse(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
-        with float_teacher(ids), _last_hidden(teacher, plan) as target:
-            teacher(input_ids=ids, use_cache=False)
-        with _last_hidden(student, plan) as hidden:
+        target = targets(teacher, ids)
+        with recomputing(), entering(student, family.final_norm) as hidden:
             student(input_ids=ids, use_cache=False)
-        return normalised_mse(hidden[0], target[0])
+            return normalised_mse(hidden[0], target)
 
     return {"logits_kl": logits_kl, "hidden_mse": hidden_mse}[name]
