@@ -82,18 +82,6 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
     return True
 
 
-def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
-    """Let :func:`peak_memory` count from now on; False where the system cannot (then it counts from the start)."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:  # Linux: 5 sets the peak resident size to the present one
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
 def peak_memory(device: torch.device | str = "cpu") -> int:
     """Bytes at the peak of this process (CPU), or allocated on ``device`` (CUDA).
 

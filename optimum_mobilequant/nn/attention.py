@@ -58,7 +58,7 @@ def quantized_attention(
 
 
 def _tunes(module: Any, query: Tensor) -> bool:
-    """Whether the form for tuning may be taken: on CPUs, unless somebody looks at the tensors that it does not show."""
+    """Whether the form for tuning may be taken: on CPUs, unless somebody looks at the tensors it does not show."""
     inner: tuple[Any, ...] = (module.scores, module.probabilities)
     hooked = any(quantizer._forward_hooks for quantizer in inner)
     return inner[0].mode is Mode.LEARN and query.device.type == "cpu" and query.dtype == torch.float32 and not hooked

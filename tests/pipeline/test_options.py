@@ -105,3 +105,13 @@ def test_samples_and_length_bound_the_data():
     long = quantize(build("llama-gqa"), None, config(samples=2, seq_len=500, dataset=[[5, 6, 7] * 200]))
     assert "sequences of 64 tokens" in long.config.quantization_config.recorded["data"]  # the model has 64 positions
     assert torch.isfinite(logits_of(long, probe_ids())).all()
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**10, True)])
+def test_layers_are_recomputed_where_memory_is_short(free, expected, monkeypatch):
+    seen = []
+    student = pipeline.build_student
+    monkeypatch.setattr("optimum_mobilequant.resources.available_memory", lambda device: free)
+    monkeypatch.setattr(pipeline, "build_student", lambda *a, **k: seen.append(k["checkpointing"]) or student(*a, **k))
+    learned(steps=1)
+    assert seen == [expected]
