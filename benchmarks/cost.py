@@ -3,7 +3,7 @@
     python benchmarks/cost.py --out cost.json
 
 Time: A is one float forward and backward pass (cross-entropy, transformers' default attention, no optimizer); B is one
-tuning step (forward of the float teacher, forward and backward of the quantized student, optimizer). They alternate,
+tuning step (the float teacher's targets, forward and backward of the quantized student, optimizer). They alternate,
 A B A B ..., so that a busy machine slows both; the medians count. Memory: each is run alone in a fresh process, which
 reports how far its peak resident size rose above what it was before the model was loaded.
 """
@@ -28,11 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_mobilequant import MobileQuantConfig, quantize
-from optimum_mobilequant.pipeline import calibrate, transform
+from optimum_mobilequant.pipeline import calibrate, objective_of, transform
 from optimum_mobilequant.prepare import prepare, versions
 from optimum_mobilequant.resources import peak_memory
 from optimum_mobilequant.tune import build_student, learn_end_to_end
-from optimum_mobilequant.tune.objective import make_objective
 
 
 def load(args: argparse.Namespace) -> PreTrainedModel:
@@ -67,10 +66,9 @@ def compare_time(args: argparse.Namespace) -> dict[str, float]:
     resumed: float | None = None
     with prepare(load(args), AutoTokenizer.from_pretrained(args.model), config_of(args), None) as job:
         float_pass = float_step(load(args))
-        student = build_student(job.model, job.plan, checkpointing=job.settings.gradient_checkpointing)
+        student = build_student(job.model, job.plan, checkpointing=bool(job.settings.gradient_checkpointing))
         learnables = transform(job.model, student, calibrate(student, job), job)
-        s = job.settings
-        objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
+        objective = objective_of(job, args.warmup + args.rounds + 1)
 
         def loss_of(ids: torch.Tensor) -> torch.Tensor:
             nonlocal resumed

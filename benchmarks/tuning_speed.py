@@ -150,7 +150,7 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    from quality import cpu_name
+    from table import cpu_name
 
     folders = {THIS: ROOT} | {
         name: Path(path).resolve() for name, _, path in (b.partition("=") for b in args.baseline)

@@ -59,9 +59,9 @@ def quantized_attention(
 
 def _tunes(module: Any, query: Tensor) -> bool:
     """Whether the form for tuning may be taken: on CPUs, unless somebody looks at the tensors it does not show."""
-    inner: tuple[Any, ...] = (module.scores, module.probabilities)
-    hooked = any(quantizer._forward_hooks for quantizer in inner)
-    return inner[0].mode is Mode.LEARN and query.device.type == "cpu" and query.dtype == torch.float32 and not hooked
+    if query.dtype != torch.float32 or query.device.type != "cpu" or module.scores.mode is not Mode.LEARN:
+        return False
+    return not (module.scores._forward_hooks or module.probabilities._forward_hooks)
 
 
 def refuse_other_attention(module: Any, args: Any) -> None:
