@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..log import get_logger
-from . import cpp, onednn, reference, simulate
+from . import cpp, gpu, onednn, reference, simulate
 from .spec import Call, LinearSpec, Packed, Weights
 
 logger = get_logger(__name__)
@@ -50,6 +50,7 @@ def _backend(name: str, module: ModuleType, summary: str, *, integer: bool) -> B
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        _backend("triton", gpu, "kernels for NVIDIA GPUs from compute capability 8.0 on, by Triton", integer=True),
         _backend("cpp", cpp, "kernels compiled on first use: AVX512-VNNI, AVX-VNNI, AVX2, NEON", integer=True),
         _backend("onednn", onednn, "torch's quantized linear on x86, 4-bit weights unpacked to 8", integer=True),
         _backend("simulate", simulate, "float32 product of dequantized tensors, any device", integer=False),
@@ -68,6 +69,8 @@ class Choice:
 
 def order(spec: LinearSpec) -> tuple[str, ...]:
     """Names of the backends for a layer, the fastest first. The reference is used only if asked for by name."""
+    if spec.device == "cuda":
+        return ("triton", "simulate")
     # With AMX units oneDNN multiplies 8-bit matrices two to three times as fast as vector instructions do.
     if spec.weight_bits == 8 and spec.device == "cpu" and has_amx():
         return ("onednn", "cpp", "simulate")
