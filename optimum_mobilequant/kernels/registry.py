@@ -32,6 +32,7 @@ class Backend:
         pack: the layer's tensors in its layout.
         run: one call.
         integer: counts in integers, so that totals equal the reference's bit for bit.
+        groups: multiplies groups of 4-bit weights itself; to the others their products go as 8-bit codes.
     """
 
     name: str
@@ -41,16 +42,19 @@ class Backend:
     pack: Callable[[LinearSpec, Weights], Packed]
     run: Callable[[Call], Tensor]
     integer: bool
+    groups: bool = False
 
 
-def _backend(name: str, module: ModuleType, summary: str, *, integer: bool) -> Backend:
-    return Backend(name, summary, module.available, module.supports, module.pack, module.run, integer)
+def _backend(name: str, module: ModuleType, summary: str, *, integer: bool, groups: bool = False) -> Backend:
+    return Backend(name, summary, module.available, module.supports, module.pack, module.run, integer, groups)
 
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        _backend("triton", gpu, "kernels for NVIDIA GPUs from compute capability 8.0 on, by Triton", integer=True),
+        _backend(
+            "triton", gpu, "Triton kernels: NVIDIA GPUs of compute capability 8.0 or newer", integer=True, groups=True
+        ),
         _backend("cpp", cpp, "kernels compiled on first use: AVX512-VNNI, AVX-VNNI, AVX2, NEON", integer=True),
         _backend("onednn", onednn, "torch's quantized linear on x86, 4-bit weights unpacked to 8", integer=True),
         _backend("simulate", simulate, "float32 product of dequantized tensors, any device", integer=False),
@@ -112,6 +116,8 @@ def choose(spec: LinearSpec, *, backend: str | None = None) -> Choice:
 def why_not(name: str, spec: LinearSpec) -> str | None:
     """Why a backend cannot run a layer, or None. What the layer needs is asked before the machine is."""
     found = BACKENDS[name]
+    if spec.group and not found.groups:
+        return "it has no multipliers of groups"
     return found.supports(spec) or unavailable(name)
 
 

@@ -73,6 +73,7 @@ class LinearSpec:
         in_features, out_features: the weight is ``[out_features, in_features]``.
         device: type of the device, e.g. ``"cpu"``.
         output: what is asked for.
+        group: columns of the weight that share a multiplier (:class:`Groups`), or 0: none.
     """
 
     weight_bits: int
@@ -82,6 +83,7 @@ class LinearSpec:
     out_features: int
     device: str
     output: Output
+    group: int = 0
 
     @property
     def grid(self) -> Grid:
@@ -95,6 +97,18 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """The two integer levels of a 4-bit weight with groups: ``code = nibble * multiplier``, exactly.
+
+    Args:
+        nibbles: int8 ``[out, in]`` in [-8, 7]. multiplier: uint8 ``[out, groups]``, from 1 to 16.
+    """
+
+    nibbles: Tensor
+    multiplier: Tensor
+
+
+@dataclass(frozen=True)
 class Weights:
     """A layer's integers, in no machine's layout: what a checkpoint holds.
 
@@ -102,6 +116,7 @@ class Weights:
         codes: int8 ``[out, in]``. scale: float32 ``[out]``. zero_point: int32 ``[out]``, or None if all are 0.
         bias: int32 ``[out]`` at ``input_scale * scale``, or None.
         input_scale, input_zero_point: encoding of the input.
+        groups: what ``codes`` are products of, or None.
     """
 
     codes: Tensor
@@ -110,6 +125,7 @@ class Weights:
     bias: Tensor | None
     input_scale: float
     input_zero_point: int
+    groups: Groups | None = None
 
     def real_factor(self, output: Output) -> Tensor:
         """float64 ``[out]``: what a total is multiplied with, to the output's steps or, without a grid, to reals."""

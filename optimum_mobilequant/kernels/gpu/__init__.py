@@ -44,7 +44,10 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     bias += row_sum * (128 if spec.activation_bits == 8 else 128 * 257)
     if spec.activation_bits == 8:  # intermediate sums wrap around, their end does not
         bias = ((bias + 2**31) % 2**32 - 2**31).to(torch.int32)
-    packed = layout.pack_nibbles(weights.codes) if spec.weight_bits == 4 else layout.pack_bytes(weights.codes)
+    if weights.groups is not None:
+        packed = layout.pack_grouped(weights.groups.nibbles, weights.groups.multiplier, spec.group)
+    else:
+        packed = layout.pack_nibbles(weights.codes) if spec.weight_bits == 4 else layout.pack_bytes(weights.codes)
     zero = None if weights.zero_point is None else weights.zero_point.to(torch.int32).contiguous()
     workspace(weights.codes.device)  # made now: a CUDA graph may be captured before the layer is called
     return Packed(packed, bias, pack_multiplier(weights.real_factor(spec.output), spec.output), zero, 0)
@@ -57,5 +60,3 @@ def run(call: Call) -> Tensor:
     if call.activation_bits == 16:
         return wide_linear(call.x, call.packed, call.output, call.weight_bits)
     return linear(call.x, call.packed, call.output, call.weight_bits)
-
-

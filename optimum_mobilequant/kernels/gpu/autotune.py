@@ -1,7 +1,7 @@
 """The configuration of a call: the table's, or a better one that was measured on this GPU before and kept on disk.
 
-Nothing is measured unless :func:`tune` is called. It writes one JSON file for a GPU model and a version of the kernels,
-whole or not at all; every later process reads it once.
+Nothing is measured unless :func:`tune` is called. It writes one JSON file for a GPU model and a version of the
+kernels, whole or not at all; every later process reads it once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,10 @@ from .device import architecture_of, name_of
 logger = get_logger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = ("configs.py", "epilogue.py", "layout.py", "linear.py", "product.py", "real_linear.py", "real_product.py")
+_SOURCES = (
+    "configs.py", "epilogue.py", "layout.py", "linear.py", "nibbles.py", "product.py", "real_linear.py",
+    "real_product.py",
+)  # fmt: skip
 Measure = Callable[[Config], float]
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 OLDEST = (8, 0)
 # Bytes of shared memory that a program may use.
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024}
-KINDS = ("w4a8", "w8a8", "w4")  # the last: 4-bit weights, 16-bit floating-point activations
+# Weights and activations; "w4" alone: 16-bit floating-point activations. "-groups": a scale or multiplier for each
+# group of columns, whose sums need registers of their own.
+KINDS = ("w8a8", "w4a8", "w4a8-groups", "w4", "w4-groups")
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,29 @@ class Row:
 # bits are flipped on the way, in shared memory again.
 _DECODE80 = (Row(16, Config(64, 16, 4, 6, 8)), Row(32, Config(64, 32, 4, 5, 8)), Row(64, Config(64, 64, 4, 4, 4)))
 _DECODE90 = (Row(16, Config(32, 16, 2, 8, 8)), Row(32, Config(64, 32, 2, 6, 8)), Row(64, Config(64, 64, 2, 5, 4)))
-_FLOAT80 = (Row(16, Config(64, 16, 4, 5, 8)), Row(32, Config(64, 32, 4, 4, 8)), Row(64, Config(64, 64, 4, 3, 4)))
-_FLOAT89 = (Row(16, Config(64, 16, 4, 5, 8)), Row(32, Config(64, 32, 4, 4, 8)), Row(64, Config(64, 64, 4, 3, 4)))
+_FLOAT = (Row(16, Config(64, 16, 4, 5, 8)), Row(32, Config(64, 32, 4, 4, 8)), Row(64, Config(64, 64, 4, 3, 4)))
 
 TABLE: dict[str, dict[str, tuple[Row, ...]]] = {
     "sm80": {
-        "w4a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
         "w8a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
-        "w4": (*_FLOAT80, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 128, 8, 3))),
+        "w4a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
+        "w4a8-groups": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
+        "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 128, 8, 3))),
+        "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
     },
     "sm89": {
+        "w8a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 3))),
         "w4a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 3))),
-        "w8a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 2))),
-        "w4": (*_FLOAT89, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 128, 8, 2))),
+        "w4a8-groups": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
+        "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 128, 8, 2))),
+        "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
     },
     "sm90": {
-        "w4a8": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 128, 8, 4))),
-        "w8a8": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 128, 8, 4))),
-        "w4": (*_FLOAT80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
+        "w8a8": (*_DECODE90, Row(1024, Config(128, 128, 8, 5)), Row(None, Config(128, 256, 8, 4))),
+        "w4a8": (*_DECODE90, Row(1024, Config(128, 128, 8, 5)), Row(None, Config(128, 256, 8, 4))),
+        "w4a8-groups": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 64, 8, 4))),
+        "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
+        "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
     },
 }
 

@@ -1,7 +1,7 @@
 """What becomes of the sums of a tile, inside the kernels: correction, bias, requantization, the store.
 
-Requantization is :func:`~...numerics.integer.requantize` and its rounding, operation by operation in the same integers,
-so that codes are equal bit for bit.
+Requantization is :func:`~...numerics.integer.requantize`, operation by operation in the same integers, so that codes
+are equal bit for bit.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Weights in the layout of the GPU kernels, made once when a layer is packed. Plain torch, on any device.
 
 A weight ``[out, in]`` is cut along ``in`` into blocks of :data:`BLOCK` columns, and each block lies in one piece,
-``[blocks, out, bytes]``: a tile of any number of rows is one contiguous read. A byte of a 4-bit block holds column ``j``
-in its low half and column ``j + BLOCK / 2`` in its high half, so that a tile of bytes becomes two tiles of weights,
-each with its columns in order, by one mask and one shift, and no element changes its thread. (Repacking offline for
-the matrix instruction: Marlin, Frantar et al., PPoPP 2025.)
+``[blocks, out, bytes]``: a tile of any number of rows is one contiguous read. A byte of a 4-bit block holds column
+``j`` in its low half and column ``j + BLOCK / 2`` in its high half, so that a tile of bytes becomes two tiles of
+weights, each with its columns in order, by one mask and one shift, and no element changes its thread. (Repacking
+offline for the matrix instruction: Marlin, Frantar et al., PPoPP 2025.)
 
 Rows are padded to :data:`ROWS` and columns to whole blocks with zeros, which add nothing to a product.
 """
@@ -59,6 +59,19 @@ def pack_groups(values: Tensor, in_features: int, group: int) -> Tensor:
     rows, groups = values.shape
     more = padded(in_features, block_of(group)) // group - groups
     return F.pad(values.t(), (0, padded(rows, ROWS) - rows, 0, more)).contiguous()
+
+
+def pack_grouped(nibbles: Tensor, multiplier: Tensor, group: int) -> Tensor:
+    """:func:`pack_nibbles`, and behind its blocks, in as many more as they fill, the multipliers of the groups.
+
+    Args:
+        multiplier: uint8 ``[out, groups]``.
+    """
+    packed = pack_nibbles(nibbles, group=group)
+    factors = pack_groups(multiplier, nibbles.shape[1], group).view(torch.int8)
+    more = padded(len(factors), packed.shape[2])
+    factors = F.pad(factors, (0, 0, 0, more - len(factors))).view(-1, *packed.shape[1:])
+    return torch.cat([packed, factors])
 
 
 def _blocks(codes: Tensor, block: int) -> Tensor:

@@ -37,7 +37,8 @@ def _linear(x: Tensor, packed: Packed, output: Output, weight_bits: int, config:
     if x.shape[0] == 0:
         return out
     if config is None:
-        config = autotune.best(f"w{weight_bits}a8", out_features, x.shape[1], x.shape[0], x.device)
+        kind = kind_of_weight(packed.weight, x.shape[1], weight_bits)
+        config = autotune.best(kind, out_features, x.shape[1], x.shape[0], x.device)
     with current(x.device):
         _launch(x, packed, output, weight_bits, config, out)
     return out
@@ -69,12 +70,22 @@ def check(
     weight: Tensor, multiplier: Tensor, output: Output, in_features: int, out_features: int, weight_bits: int
 ) -> None:
     """Refuse tensors whose shapes a kernel would read past."""
-    size = weight.shape[2] * (1 if weight_bits == 8 else 2)
+    size = _block(weight, weight_bits)
     shape = (layout.padded(in_features, size) // size, layout.padded(out_features, layout.ROWS))
     if weight.shape[0] < shape[0] or weight.shape[1] != shape[1]:
         raise ValueError("the weight was packed for another layer")
     if multiplier.numel() != out_features * (2 if output.qmax else 1):
         raise ValueError("the multipliers were packed for another layer or another output")
+
+
+def kind_of_weight(weight: Tensor, in_features: int, weight_bits: int) -> str:
+    """Kind of product in the table of configurations."""
+    blocks = layout.padded(in_features, _block(weight, weight_bits)) // _block(weight, weight_bits)
+    return f"w{weight_bits}a8" + ("-groups" if len(weight) > blocks else "")
+
+
+def _block(weight: Tensor, weight_bits: int) -> int:
+    return weight.shape[2] * (1 if weight_bits == 8 else 2)
 
 
 def kind_of(output: Output) -> int:
@@ -89,7 +100,7 @@ def kind_of(output: Output) -> int:
 def _launch(x: Tensor, packed: Packed, output: Output, weight_bits: int, config: Config, out: Tensor) -> None:
     (rows, in_features), out_features = x.shape, packed.bias.shape[0]
     weight, zeros = packed.weight, packed.weight_zero_point
-    block = weight.shape[2] * (1 if weight_bits == 8 else 2)
+    block = _block(weight, weight_bits)
     blocks = layout.padded(in_features, block) // block
     tiles = -(-out_features // config.block_n) * -(-rows // config.block_m)
     sums = packed.bias if zeros is None else row_sums(x)

@@ -1,4 +1,4 @@
-"""Memory in which the programs of a split product meet: one piece for each device and stream, made before it is needed.
+"""Memory in which the programs of a split product meet: one piece for each device and stream, made beforehand.
 
 It is never made while a CUDA graph is being captured. All graphs of a device share one piece: two of them must not
 replay at the same time in different streams (as with cuBLAS, whose workspace they share as well).
