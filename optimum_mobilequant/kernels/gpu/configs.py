@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OLDEST = (8, 0)
+# Each product and each sum is rounded, so that floats come out the same whatever the compiler could fuse.
+EXACT = {"enable_fp_fusion": False}
 # Bytes of shared memory that a program may use.
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024}
 # Weights and activations; "w4" alone: 16-bit floating-point activations. "-groups": a scale or multiplier for each
@@ -32,9 +34,10 @@ class Config:
     stages: int
     parts: int = 0
 
-    def stages_for(self, block: int) -> int:
-        """Stages for blocks of another width, in about the same memory."""
-        return self.stages if block <= 128 else max(2, self.stages // 2)
+    def options(self, block: int) -> dict[str, int | bool]:
+        """Triton's options; with blocks of another width fewer stages, in about the same memory."""
+        stages = self.stages if block <= 128 else max(2, self.stages // 2)
+        return {"num_warps": self.warps, "num_stages": stages, **EXACT}
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ TABLE: dict[str, dict[str, tuple[Row, ...]]] = {
         "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
     },
     "sm90": {
-        "w8a8": (*_DECODE90, Row(1024, Config(128, 128, 8, 5)), Row(None, Config(128, 256, 8, 4))),
-        "w4a8": (*_DECODE90, Row(1024, Config(128, 128, 8, 5)), Row(None, Config(128, 256, 8, 4))),
+        "w8a8": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 128, 8, 5))),
+        "w4a8": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 128, 8, 5))),
         "w4a8-groups": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 64, 8, 4))),
         "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
         "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..spec import Output, Packed
 from . import autotune, layout
-from .configs import Config, cut
+from .configs import EXACT, Config, cut
 from .device import architecture_of, current, processors_of
 from .epilogue import CODES, ON_GRID, REAL, TOTALS
 from .product import decode_kernel, finish_wide_kernel, prefill_kernel, row_sums_kernel
@@ -61,7 +61,7 @@ def wide_linear(x: Tensor, packed: Packed, output: Output, weight_bits: int) -> 
         finish_wide_kernel[(rows, -(-out_features // 256))](
             parts, packed.bias, packed.multiplier, packed.bias if zeros is None else zeros, sums, out,
             rows, out_features, output.zero_point, output.qmax, output.scale,
-            ZEROS=zeros is not None, KIND=kind_of(output), COLUMNS=256,
+            ZEROS=zeros is not None, KIND=kind_of(output), COLUMNS=256, **EXACT,
         )  # fmt: skip
     return out
 
@@ -118,7 +118,7 @@ def _launch(x: Tensor, packed: Packed, output: Output, weight_bits: int, config:
         "KIND": kind_of(output), "SHIFTED": shifted, "WHOLE": in_features % block == 0,
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
     }  # fmt: skip
-    options = {"num_warps": config.warps, "num_stages": config.stages_for(block)}
+    options = config.options(block)
     if config.parts == 0:
         programs = min(tiles, processors_of(x.device) * (2 if config.block_n * config.block_m <= 4096 else 1))
         prefill_kernel[(programs,)](*tensors, *shape, *grid, **constants, BAND=_BAND, **options)
@@ -136,5 +136,5 @@ def _launch(x: Tensor, packed: Packed, output: Output, weight_bits: int, config:
 def row_sums(x: Tensor) -> Tensor:
     """int32 ``[rows]``: sums of uint8 codes ``[rows, in]``, for weights with zero points."""
     sums = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
-    row_sums_kernel[(x.shape[0],)](x, sums, x.shape[1], COLUMNS=_COLUMNS)
+    row_sums_kernel[(x.shape[0],)](x, sums, x.shape[1], COLUMNS=_COLUMNS, **EXACT)
     return sums

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import autotune, layout
-from .configs import Config, cut
+from .configs import EXACT, Config, cut
 from .device import current, processors_of
 from .real_product import group_sums_kernel, real_decode_kernel, real_prefill_kernel
 from .workspace import fits, workspace
@@ -54,7 +54,7 @@ def real_linear(
         constants = {
             "BLOCK": block, "GROUPED": groups > 1, "OFFSET": offset is not None, "BIAS": bias is not None,
             "E0M4": e0m4, "WHOLE": in_features % block == 0, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
-            "num_warps": config.warps, "num_stages": config.stages_for(block),
+            **config.options(block),
         }  # fmt: skip
         tiles = -(-out_features // config.block_n) * -(-rows // config.block_m)
         if config.parts == 0:
@@ -74,5 +74,5 @@ def real_linear(
 
 def _group_sums(x: Tensor, groups: int, group: int) -> Tensor:
     sums = torch.empty((groups, x.shape[0]), dtype=torch.float32, device=x.device)
-    group_sums_kernel[(x.shape[0], groups)](x, sums, x.shape[0], x.shape[1], group, COLUMNS=128)
+    group_sums_kernel[(x.shape[0], groups)](x, sums, x.shape[0], x.shape[1], group, COLUMNS=128, **EXACT)
     return sums
