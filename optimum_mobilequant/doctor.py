@@ -32,6 +32,7 @@ EXTRAS = {
     "eval": ("lm-eval",),
     "onnx": ("onnx", "onnxruntime"),
     "qnn": ("onnx", "onnxruntime", "onnxruntime-qnn"),
+    "gpu": ("triton",),
     "ai-hub": ("onnx", "qai-hub"),
     "plots": ("matplotlib",),
     "crosscheck": (

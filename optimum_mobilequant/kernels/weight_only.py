@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .gpu import device as gpu_device
 from .gpu import layout
-from .gpu.workspace import workspace
+from .gpu.workspace import workspace_of
 from .registry import VARIABLE, unavailable
 
 DECODES = ("int4", "e0m4")
@@ -109,7 +109,7 @@ def prepare_weight_only(
     else:
         offset = None if zero is None else -step * zero
     if chosen == "triton":
-        workspace(codes.device)  # made now: a CUDA graph may be captured before the layer is called
+        workspace_of(codes.device)  # made now: a CUDA graph may be captured before the layer is called
     return WeightOnlyLinear(
         layout.pack_unsigned_nibbles(codes, group=group), _per_group(step, in_features, group),
         None if offset is None else _per_group(offset, in_features, group),

@@ -74,8 +74,8 @@ def library(isa: str | None = None) -> Library:
 
 
 def variants() -> list[str]:
-    """The backends that run here; the compiled one once for each instruction set of this processor."""
-    found = [name for name, backend in BACKENDS.items() if name != "cpp" and backend.available() is None]
+    """The CPU backends that run here; the compiled one once for each instruction set of this processor."""
+    found = [name for name in BACKENDS if name not in ("cpp", "triton") and BACKENDS[name].available() is None]
     return found + ([] if cpp.available() else [f"cpp:{isa}" for isa in library().instruction_sets])
 
 

@@ -41,8 +41,10 @@ def machine(monkeypatch):
         (("cpp",), {"symmetric": False, "weight_bits": 4}, False, "onednn", {"cpp": "not here"}),
         (("cpp",), {"symmetric": False}, False, "simulate",
          {"cpp": "not here", "onednn": "it takes symmetric 8-bit weights only"}),
-        ((), {"device": "cuda"}, False, "simulate",
-         {"cpp": "it computes on the CPU", "onednn": "it computes on the CPU"}),
+        ((), {"device": "cuda"}, False, "triton", {}),
+        (("triton",), {"device": "cuda"}, False, "simulate", {"triton": "not here"}),
+        ((), {"device": "cuda", "in_features": 70000}, False, "simulate",
+         {"triton": "it takes up to 65793 input features, not 70000"}),
         ((), {"in_features": 70000}, False, "onednn", {"cpp": "it takes up to 65793 input features, not 70000"}),
     ],
 )  # fmt: skip
@@ -65,7 +67,9 @@ def test_a_backend_by_name_and_by_variable(machine, monkeypatch):
     assert choose(spec()).backend.name == "simulate"
     assert choose(spec(), backend="cpp").backend.name == "cpp"  # the argument comes first
     monkeypatch.setenv(registry.VARIABLE, "gpu")
-    with pytest.raises(ValueError, match="no kernel backend 'gpu'; there are cpp, onednn, simulate, reference"):
+    with pytest.raises(
+        ValueError, match="no kernel backend 'gpu'; there are triton, cpp, onednn, simulate, reference"
+    ):
         choose(spec())
     with pytest.raises(ValueError, match="'onednn' cannot run linear_w8a8: not here"):
         choose(spec(), backend="onednn")
@@ -79,7 +83,7 @@ def test_what_a_layer_needs_is_asked_before_the_machine_is(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_refused_is_what_fails(backend):
     """A reason of ``supports`` is true of ``run``: no backend turns down what it can do by the table above."""
-    assert BACKENDS[backend].supports(spec()) is None
+    assert BACKENDS[backend].supports(spec(device="cuda" if backend == "triton" else "cpu")) is None
 
 
 @pytest.mark.parametrize(

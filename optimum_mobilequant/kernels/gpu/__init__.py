@@ -12,7 +12,7 @@ from ..reference import pack_multiplier
 from ..spec import Call, LinearSpec, Packed, Weights
 from . import layout
 from .device import interpreted, unusable
-from .workspace import workspace
+from .workspace import workspace_of
 
 # 16 * 8 * 255 summed over more columns could leave int32 before the 16 is divided out.
 _MOST_COLUMNS = 65793
@@ -49,7 +49,7 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     else:
         packed = layout.pack_nibbles(weights.codes) if spec.weight_bits == 4 else layout.pack_bytes(weights.codes)
     zero = None if weights.zero_point is None else weights.zero_point.to(torch.int32).contiguous()
-    workspace(weights.codes.device)  # made now: a CUDA graph may be captured before the layer is called
+    workspace_of(weights.codes.device)  # made now: a CUDA graph may be captured before the layer is called
     return Packed(packed, bias, pack_multiplier(weights.real_factor(spec.output), spec.output), zero, 0)
 
 

@@ -11,7 +11,7 @@ from .configs import EXACT, Config, cut
 from .device import architecture_of, current, processors_of
 from .epilogue import CODES, ON_GRID, REAL, TOTALS
 from .product import decode_kernel, finish_wide_kernel, prefill_kernel, row_sums_kernel
-from .workspace import fits, workspace
+from .workspace import fits, workspace_of
 
 _BAND = 8  # tiles of rows whose activations stay in the cache together
 _COLUMNS = 1024  # of a step of row_sums_kernel
@@ -126,7 +126,7 @@ def _launch(x: Tensor, packed: Packed, output: Output, weight_bits: int, config:
     pieces = cut(config, tiles, blocks, processors_of(x.device))
     if pieces.parts > 1 and not fits(tiles, pieces.parts, config.block_n, config.block_m):
         pieces = cut(config, tiles, blocks, 0)
-    room = workspace(x.device)
+    room = workspace_of(x.device)
     decode_kernel[(tiles, pieces.parts)](
         *tensors, room.partial, room.counters, *shape, pieces.blocks, *grid, **constants, SPLIT=pieces.parts > 1,
         **options,

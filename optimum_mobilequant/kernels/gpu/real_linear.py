@@ -9,7 +9,7 @@ from . import autotune, layout
 from .configs import EXACT, Config, cut
 from .device import current, processors_of
 from .real_product import group_sums_kernel, real_decode_kernel, real_prefill_kernel
-from .workspace import fits, workspace
+from .workspace import fits, workspace_of
 
 _BAND = 8  # tiles of rows whose activations stay in the cache together
 
@@ -64,7 +64,7 @@ def real_linear(
         pieces = cut(config, tiles, shape[0], processors_of(x.device))
         if pieces.parts > 1 and not fits(tiles, pieces.parts, config.block_n, config.block_m):
             pieces = cut(config, tiles, shape[0], 0)
-        room = workspace(x.device)
+        room = workspace_of(x.device)
         real_decode_kernel[(tiles, pieces.parts)](
             *tensors, room.partial.view(torch.float32), room.counters, *sizes, pieces.blocks, **constants,
             SPLIT=pieces.parts > 1,

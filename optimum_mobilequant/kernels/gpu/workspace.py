@@ -32,7 +32,7 @@ def fits(tiles: int, parts: int, block_n: int, block_m: int) -> bool:
     return tiles * parts <= MOST_PROGRAMS and block_n * block_m <= _TILE
 
 
-def workspace(device: torch.device) -> Workspace:
+def workspace_of(device: torch.device) -> Workspace:
     """The piece of the current stream of a device.
 
     Raises:

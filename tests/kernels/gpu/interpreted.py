@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from optimum_mobilequant.kernels import Output, prepare
 from optimum_mobilequant.kernels.gpu import autotune, configs, layout, linear, real_linear
 from optimum_mobilequant.kernels.gpu.configs import Config
-from optimum_mobilequant.kernels.gpu.workspace import workspace
+from optimum_mobilequant.kernels.gpu.workspace import workspace_of
 from optimum_mobilequant.kernels.weight_only import DECODES, prepare_weight_only
 from tests.kernels.layers import OUTPUTS, make
 
@@ -146,21 +146,21 @@ def test_split_columns_give_the_same_bits_and_leave_no_trace():
         config = Config(32, 16, 4, 2, parts)
         found = linear.linear(layer.x, run.packed, Output.totals(), 4, config=config)
         assert torch.equal(found.long(), layer.totals()), parts
-        assert not workspace(CPU).counters.any()
+        assert not workspace_of(CPU).counters.any()
 
 
 def test_a_counter_that_is_not_0_would_be_seen():
     layer = make(3, 40, 2000, bits=4)
     run = layer.prepare(Output.totals(), "triton")
-    workspace(CPU).counters[0] = 1
-    workspace(CPU).partial.fill_(12345)
+    workspace_of(CPU).counters[0] = 1
+    workspace_of(CPU).partial.fill_(12345)
     try:
         config = Config(32, 16, 4, 2, 8)
         assert not torch.equal(
             linear.linear(layer.x, run.packed, Output.totals(), 4, config=config).long(), layer.totals()
         )
     finally:
-        workspace(CPU).counters.zero_()
+        workspace_of(CPU).counters.zero_()
 
 
 def test_the_comparison_sees_one_wrong_byte():
