@@ -53,6 +53,9 @@ class Row:
 _DECODE80 = (Row(16, Config(64, 16, 4, 6, 8)), Row(32, Config(64, 32, 4, 5, 8)), Row(64, Config(64, 64, 4, 4, 4)))
 _DECODE90 = (Row(16, Config(32, 16, 2, 8, 8)), Row(32, Config(64, 32, 2, 6, 8)), Row(64, Config(64, 64, 2, 5, 4)))
 _FLOAT = (Row(16, Config(64, 16, 4, 5, 8)), Row(32, Config(64, 32, 4, 4, 8)), Row(64, Config(64, 64, 4, 3, 4)))
+# Two sets of sums, a group's and the total: smaller tiles where they would not fit the registers.
+_GROUPS = (_FLOAT[0], Row(32, Config(32, 32, 2, 4, 8)), _FLOAT[2])
+_GROUPS90 = (*_DECODE90[:2], Row(64, Config(32, 64, 2, 5, 4)))
 
 TABLE: dict[str, dict[str, tuple[Row, ...]]] = {
     "sm80": {
@@ -60,21 +63,21 @@ TABLE: dict[str, dict[str, tuple[Row, ...]]] = {
         "w4a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
         "w4a8-groups": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
         "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 128, 8, 3))),
-        "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
+        "w4-groups": (*_GROUPS, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
     },
     "sm89": {
         "w8a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 3))),
         "w4a8": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 3))),
         "w4a8-groups": (*_DECODE80, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
         "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 128, 8, 2))),
-        "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
+        "w4-groups": (*_GROUPS, Row(256, Config(64, 64, 4, 3)), Row(None, Config(128, 64, 8, 3))),
     },
     "sm90": {
         "w8a8": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 128, 8, 5))),
         "w4a8": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 128, 8, 5))),
-        "w4a8-groups": (*_DECODE90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 64, 8, 4))),
+        "w4a8-groups": (*_GROUPS90, Row(256, Config(64, 64, 4, 5)), Row(None, Config(128, 64, 8, 4))),
         "w4": (*_FLOAT, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 128, 8, 4))),
-        "w4-groups": (*_FLOAT, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
+        "w4-groups": (*_GROUPS, Row(256, Config(64, 64, 4, 4)), Row(None, Config(128, 64, 8, 4))),
     },
 }
 

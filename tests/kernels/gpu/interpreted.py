@@ -19,7 +19,7 @@ from optimum_mobilequant.kernels.weight_only import DECODES, prepare_weight_only
 from tests.kernels.layers import OUTPUTS, make
 
 # Columns: fewer than a block, one more than a block, several parts of a split. Rows: decode, several tiles, prefill.
-SHAPES = [(1, 1, 1), (3, 20, 16), (5, 70, 129), (17, 65, 1100), (33, 7, 128), (70, 130, 200)]
+SHAPES = [(1, 1, 1), (5, 70, 129), (17, 65, 1100), (33, 7, 128), (70, 130, 200)]
 CPU = torch.device("cpu")
 
 
@@ -65,7 +65,7 @@ def test_totals_of_activations_whose_top_bits_were_flipped_before(bits, hopper):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_outputs_are_those_of_the_reference(bits, kind):
-    for shape in ((5, 70, 129), (17, 65, 1100), (70, 20, 64)):
+    for shape in ((5, 70, 129), (17, 35, 1100), (70, 20, 64)):
         layer, output = make(*shape, bits=bits, symmetric=bits == 8), OUTPUTS[kind]
         found = layer.prepare(output, "triton")(layer.x)
         assert found.dtype == output.dtype and torch.equal(found, expected_of(layer, output)), shape
@@ -140,9 +140,9 @@ def test_extreme_codes(bits, x_code):
 
 
 def test_split_columns_give_the_same_bits_and_leave_no_trace():
-    layer = make(3, 40, 2000, bits=4)
+    layer = make(3, 40, 1600, bits=4)
     run = layer.prepare(Output.totals(), "triton")
-    for parts in (1, 2, 3, 8):
+    for parts in (1, 3, 4):
         config = Config(32, 16, 4, 2, parts)
         found = linear.linear(layer.x, run.packed, Output.totals(), 4, config=config)
         assert torch.equal(found.long(), layer.totals()), parts
@@ -150,7 +150,7 @@ def test_split_columns_give_the_same_bits_and_leave_no_trace():
 
 
 def test_a_counter_that_is_not_0_would_be_seen():
-    layer = make(3, 40, 2000, bits=4)
+    layer = make(3, 40, 1600, bits=4)
     run = layer.prepare(Output.totals(), "triton")
     workspace_of(CPU).counters[0] = 1
     workspace_of(CPU).partial.fill_(12345)
@@ -226,7 +226,7 @@ def close(found, exact, room=2**-10):
 @pytest.mark.parametrize("group", [0, *layout.GROUPS])
 @pytest.mark.parametrize("offset", [True, False])
 def test_float_activations(decode, group, offset):
-    for shape in ((1, 5, 20), (3, 70, 1100), (70, 40, 2 * group + 33)):
+    for shape in ((1, 5, 20), (3, 70, 600), (70, 40, 2 * group + 33)):
         run, x, exact = floats(*shape, group=group, decode=decode, offset=offset)
         assert run.backend == "triton" and close(run(x), exact), shape
 
