@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,6 +51,9 @@ CASES = (
       for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "gptq", "qqq", "mobilequant", "best")),
     Case("rtn", "w8a8-full", {"recipe": "rtn"}),
     Case("mobilequant", "w8a8-full", {"recipe": "mobilequant"}),
+    # Tokens kept in the cache; for models with massive activations (benchmarks/massive.py makes one).
+    *(Case(f"{recipe}, prefix", preset, {"recipe": recipe, "prefix": True})
+      for preset in ("w8a8", "w8a8-full") for recipe in ("rtn", "mobilequant")),
     # The published plan rounds queries and keys to 8 bits before the rotary embedding as well.
     Case("8-bit q/k", "w8a8", {
         "recipe": "mobilequant", "overrides": {"*.q_proj.output": {"bits": 8}, "*.k_proj.output": {"bits": 8}},
@@ -122,12 +126,20 @@ class Subject:
             inject_outliers(model, factor=self.args.factor, share=self.args.share, seed=self.args.seed)
         return model
 
-    def score(self, model: PreTrainedModel) -> float:
-        return perplexity(model, self.tokenizer, self.evaluation, seq_len=self.args.seq_len, progress=False).perplexity
+    def score(self, model: PreTrainedModel, prefix: Sequence[int] = ()) -> float:
+        options: dict[str, Any] = {"seq_len": self.args.seq_len, "prefix": prefix, "progress": False}
+        return perplexity(model, self.tokenizer, self.evaluation, **options).perplexity
 
     def run(self, variant: str, config: MobileQuantConfig, reference: float) -> dict[str, Any]:
-        """A row: what quantizing with ``config`` gives."""
-        return quantize_and_score(lambda: self.load(variant), self.tokenizer, config, self.score, reference)
+        """A row: what quantizing with ``config`` gives, and the float model behind the prefix if it chose one."""
+        prefix: list[int] = []
+
+        def score(model: PreTrainedModel) -> float:
+            prefix.extend(model.config.quantization_config.prefix_ids())
+            return self.score(model)
+
+        row = quantize_and_score(lambda: self.load(variant), self.tokenizer, config, score, reference)
+        return row | ({"float_prefix": self.score(self.load(variant), prefix)} if prefix else {})
 
     def config(self, preset: str, seed: int, chosen: dict[str, Any]) -> MobileQuantConfig:
         """The config of a case; --quick makes all of it small."""
@@ -158,6 +170,8 @@ def measure(
             continue
         kept = {key: values[key] for key in ("perplexity", "gap", "minutes", "peak_memory_bytes", "extras")}
         kept["validation_perplexity"] = values["validation"]
+        if "float_prefix" in values:
+            kept["float_prefix"] = values["float_prefix"]
         table.add(name, variant, case.preset, case.name, values=kept)
 
 

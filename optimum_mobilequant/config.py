@@ -87,6 +87,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
             memory, the same result bit for bit. None recomputes where the tensors of all layers would fill more than
             half of the free memory.
         teacher_dtype: ``"float32"`` or ``"bfloat16"``.
+        prefix: tokens whose keys and values stand in the cache before every text, so that the text has no massive
+            activations: True searches them, a number searches at most so many, a list of token ids is taken as it is,
+            ``"auto"`` searches them where the model has massive activations and else does nothing, False does
+            nothing. A finished checkpoint states the list, or False. See ``docs/prefix.md``.
         device: where to work, e.g. ``"cuda:0"``; None stays where the model is.
         run_dir: folder that keeps finished stages so that an interrupted run resumes; None keeps nothing.
         recorded: what the run measured (versions, losses, minutes, peak memory); filled by the run.
@@ -157,6 +161,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     token_share: float | None = None
     gradient_checkpointing: bool | None = None
     teacher_dtype: str = "float32"
+    prefix: bool | int | str | list[int] | tuple[int, ...] | None = None
     device: str | None = None
     run_dir: str | PathLike[str] | None = None
     recorded: dict[str, Any] = field(default_factory=dict)
@@ -168,7 +173,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
             self.dataset = fspath(self.dataset)
         if isinstance(self.finetune_dataset, PathLike):
             self.finetune_dataset = fspath(self.finetune_dataset)
-        for name in ("transforms", "bit_choices", "teachers"):
+        for name in ("transforms", "bit_choices", "teachers", "prefix"):
             if isinstance(value := getattr(self, name), tuple):
                 setattr(self, name, list(value))
         self.validate()
@@ -209,6 +214,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} would have no effect: it belongs to finetune_dataset, which is not set")
         return settings
+
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The prefix tokens of a finished checkpoint; empty if it has none."""
+        return tuple(self.prefix) if isinstance(self.prefix, list) else ()
 
     def resolve_scheme(self) -> Scheme:
         """Bits of every role: the stored ``scheme`` if there is one, else the table's row for ``preset``.

@@ -111,7 +111,9 @@ class MobileQuantHfQuantizer(HfQuantizer):
 def plan_of(model: PreTrainedModel, config: MobileQuantConfig) -> Plan:
     """The plan of a model, float or already swapped."""
     family = family_of(model, config.family)
-    return build_plan(family, geometry_of(model, family), config.resolve_scheme(), config.overrides)
+    return build_plan(
+        family, geometry_of(model, family), config.resolve_scheme(), config.overrides, config.prefix_ids()
+    )
 
 
 def sentinel_key(plan: Plan) -> str:

@@ -34,10 +34,10 @@ class Inspection:
 
     Attributes:
         rows: one dict for each tensor of the integer graph, activations first, in the order of the data flow. Keys:
-            ``tensor``, ``kind`` (activation, weight or bias), ``role``, ``bits``; ``scale`` and ``zero_point`` (one
-            number, or [smallest, largest] over the channels; None for a LayerNorm's bias, which has no grid of its
-            own); ``min`` and ``max``, the ends of what the integers can represent (of a bias: of what they hold);
-            ``bytes`` in the file.
+            ``tensor``, ``kind`` (activation, weight, bias or prefix), ``role``, ``bits``; ``scale`` and ``zero_point``
+            (one number, or [smallest, largest] over the channels; None for a LayerNorm's bias, which has no grid of
+            its own); ``min`` and ``max``, the ends of what the integers can represent (of a bias: of what they
+            hold); ``bytes`` in the file.
         moves: tensors that only move data -> the tensor whose encoding they carry.
         totals: counts by kind; ``parameters`` and ``bits_per_parameter`` (weights and biases with their scales);
             ``bytes`` (all tensors) and ``file_bytes`` (the safetensors files with their headers).
@@ -94,6 +94,7 @@ def inspect_checkpoint(path: str | PathLike[str]) -> Inspection:
         else:
             rows.append(_weight_row(spec, reader))
     rows += [_bias_row(name, model, plan, reader) for name in plan.weights if f"{name}.bias" in reader.keys]
+    rows += _prefix_rows(plan, reader)
     reader.taken |= {f"{plan.family.embedding}.dtype_anchor", sentinel_key(plan)}  # they hold nothing
     if left := sorted(reader.keys - reader.taken):
         raise ValueError(f"{len(left)} stored tensors have no place in the plan, e.g. {', '.join(left[:4])}")
@@ -186,6 +187,19 @@ def _bias_row(owner: str, model: PreTrainedModel, plan: Plan, reader: _Reader) -
     return row | {"min": bias.min().item(), "max": bias.max().item(), "bytes": reader.bytes_of(name)}
 
 
+def _prefix_rows(plan: Plan, reader: _Reader) -> list[dict[str, Any]]:
+    """Keys and values of the prefix tokens, on the encodings of the cache."""
+    f, rows = plan.family, []
+    for i in range(plan.geometry.layers if plan.prefix else 0):
+        attention = f.layer(i, f.attention)
+        for part, owner in (("key", f"{attention}.key_rotated"), ("value", f"{f.layer(i, f.value)}.output")):
+            name, spec = f"{attention}.prefix.{part}", plan.activations[owner]
+            reader.taken.add(name)
+            encoding = reader.tensor(f"{owner}.scale"), reader.tensor(f"{owner}.zero_point")
+            rows.append(_row((name, "prefix", spec.role), *encoding, spec.grid, reader.bytes_of(name)))
+    return rows
+
+
 def _row(names: tuple[str, str, str], scale: Tensor, zero_point: Tensor, grid: Grid, stored: int) -> dict[str, Any]:
     """The row of a tensor called (name, kind, role); raises ValueError if it has no valid encoding."""
     name, kind, role = names
@@ -210,7 +224,7 @@ def _ends(values: Tensor) -> Any:
 
 def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader) -> dict[str, Any]:
     kinds = [row["kind"] for row in rows]
-    constants = [row for row in rows if row["kind"] != "activation"]
+    constants = [row for row in rows if row["kind"] in ("weight", "bias")]
     parameters = 0
     for row in constants:
         owner, _, part = row["tensor"].rpartition(".")
@@ -219,6 +233,7 @@ def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader)
         "activations": kinds.count("activation"),
         "weights": kinds.count("weight"),
         "biases": kinds.count("bias"),
+        **({"prefix_bytes": sum(r["bytes"] for r in rows if r["kind"] == "prefix")} if "prefix" in kinds else {}),
         "parameters": parameters,
         "bits_per_parameter": 8 * sum(row["bytes"] for row in constants) / parameters,
         "bytes": reader.total_bytes,

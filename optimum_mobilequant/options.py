@@ -72,6 +72,10 @@ def _teachers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(passes(row) for row in value)
 
 
+def _token_ids(value: list[Any]) -> bool:
+    return bool(value) and all(whole(0)(item) for item in value)
+
+
 # (fields, test, what the value must be); None is checked for nowhere else and always passes
 _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
@@ -114,6 +118,11 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("device", "family", "run_dir", "dataset_split", "text_column", "target", "finetune_split"),
         lambda v: isinstance(v, str),
         "a string",
+    ),
+    (
+        ("prefix",),
+        lambda v: isinstance(v, bool) or v == "auto" or whole(1)(v) or (isinstance(v, list) and _token_ids(v)),
+        '"auto", True, False, a whole number from 1 or a list of token ids',
     ),
     (("transforms",), _strings, "a list of names"),
     (("bits",), lambda v: isinstance(v, str), 'a string such as "auto:4.5", "auto:1.2GB" or "auto:device"'),

@@ -1,17 +1,19 @@
-"""The method on one page: allocate bits, calibrate, transform, learn, round, fine-tune, fold, pack."""
+"""The method on one page: prefix, bits, calibrate, transform, learn, round, fine-tune, fold, pack."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .allocate import allocate_bits
-from .calibrate import Statistics, choose_ranges, collect
+from .calibrate import FoundPrefix, Statistics, choose_ranges, collect, find_prefix
 from .checkpoint import Packed, install, pack
 from .config import MobileQuantConfig
 from .log import get_logger
+from .nn.prefix import prefix_states
 from .prepare import Prepared, nll, prepare
 from .recipes import COMPENSATED
 from .rounding import compensate_rounding
@@ -63,8 +65,9 @@ def quantize(
     from .hf_quantizer import attach
 
     with prepare(model, tokenizer, config or MobileQuantConfig(), run_dir) as job:
+        states = choose_prefix(model, job)
         allocate_bits(job)
-        student = build_student(model, job.plan, checkpointing=bool(job.settings.gradient_checkpointing))
+        student = build_student(model, job.plan, states, checkpointing=bool(job.settings.gradient_checkpointing))
         statistics = calibrate(student, job)
         learnables = transform(model, student, statistics, job)
         result = learn(model, student, learnables, job)
@@ -76,6 +79,19 @@ def quantize(
         job.record(result, rounded, finetuned, nll(model, job.data.validation, job.settings.batch_size))
     attach(model, job.config)
     return model
+
+
+def choose_prefix(model: PreTrainedModel, job: Prepared) -> list[tuple[Tensor, Tensor]]:
+    """Stage 4: the tokens that every text finds in its cache; their float keys and values, layer by layer."""
+    if job.settings.prefix is False:
+        return []
+    if (kept := job.run.load("prefix")) is not None:
+        found = FoundPrefix(tuple(kept[0]["tokens"].tolist()), kept[1])
+    else:
+        found = find_prefix(model, job.plan, job.data.train, job.settings.prefix, batch_size=job.settings.batch_size)
+        job.run.save("prefix", {"tokens": torch.tensor(found.tokens, dtype=torch.int64)}, found.report)
+    job.use_prefix(found)
+    return prefix_states(model, found.tokens) if found.tokens else []
 
 
 def calibrate(student: nn.Module, job: Prepared) -> Statistics:
@@ -92,7 +108,7 @@ def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job:
     s = job.settings
     edges = edges_of(job.plan.family, job.plan.geometry, s.transforms)
     learnables = Learnables(student, job.plan, edges, start_scales(edges, model, student, statistics, job))
-    refuse_different(student, model, job.data.validation[:1])
+    refuse_different(student, model, job.data.validation[:1], job.plan.prefix)
     if (kept := job.run.load("transform")) is not None:
         statistics = Statistics.from_tensors(kept[0])
     elif edges:

@@ -6,6 +6,7 @@ import copy
 import math
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as package_version
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .calibrate import FoundPrefix
+from .calibrate.prefix import most_tokens
 from .config import MobileQuantConfig
 from .data import CalibrationData
 from .evaluate.perplexity import exp_or_inf
 from .families import family_of, geometry_of
 from .hub.names import hub_id_of
 from .log import get_logger
+from .nn.prefix import logits_behind
 from .overlap import passages_of
 from .plan import Plan, build_plan
 from .resources import available_memory, checkpoints, memory_estimate, peak_memory
@@ -58,7 +62,7 @@ class Prepared:
     finetune_ids: Tensor = field(init=False)
 
     def __enter__(self) -> Prepared:
-        self.float_nll = self.start_nll = math.nan
+        self.float_nll = self.prefix_nll = self.start_nll = math.nan
         self._stack = ExitStack()
         # The caller may sit under no_grad or inference_mode; learning needs neither.
         self._stack.enter_context(torch.inference_mode(False))
@@ -102,6 +106,12 @@ class Prepared:
         # nn.Module's own: transformers' wrapper of it is untyped and only adds checks for other methods
         nn.Module.to(self.model, device=device, dtype=dtype)
 
+    def use_prefix(self, found: FoundPrefix) -> None:
+        """Put the prefix into the plan, and into the config in place of what asked for it."""
+        self.plan = replace(self.plan, prefix=found.tokens)
+        self.config.prefix = list(found.tokens) or False
+        self.recorded["prefix"] = {"tokens": list(found.tokens), **found.report}
+
     @property
     def rates(self) -> dict[str, float]:
         """Start learning rate of each parameter group; 0 where the recipe does not learn it."""
@@ -141,12 +151,16 @@ class Prepared:
 
     def before(self, student: nn.Module) -> None:
         """Measure the float model and the untuned student on the validation text."""
-        self.float_nll = nll(self.model, self.data.validation, self.settings.batch_size)
+        self.float_nll = self.prefix_nll = nll(self.model, self.data.validation, self.settings.batch_size)
+        if self.plan.prefix:
+            self.prefix_nll = nll(self.model, self.data.validation, self.settings.batch_size, self.plan.prefix)
         self.start_nll = nll(student, self.data.validation, self.settings.batch_size)
         if not math.isfinite(self.float_nll):
             raise ValueError("the float model's loss on the validation text is not finite; check model and tokenizer")
         logger.info(
-            f"validation perplexity: float {exp_or_inf(self.float_nll):.4f}, start {exp_or_inf(self.start_nll):.4f}"
+            f"validation perplexity: float {exp_or_inf(self.float_nll):.4f}, "
+            + (f"with the prefix {exp_or_inf(self.prefix_nll):.4f}, " if self.plan.prefix else "")
+            + f"start {exp_or_inf(self.start_nll):.4f}"
         )
 
     def record(
@@ -166,6 +180,7 @@ class Prepared:
             "passages": passages_of([*self.data.train, *self.data.validation, *self.finetune_ids]),
             "validation_perplexity": {
                 "float": exp_or_inf(self.float_nll),
+                **({"float_prefix": exp_or_inf(self.prefix_nll)} if self.plan.prefix else {}),
                 "start": exp_or_inf(self.start_nll),
                 "quantized": exp_or_inf(final_nll),
             },
@@ -226,8 +241,7 @@ def prepare(
     peek(config)  # before looking for a tokenizer
     if tokenizer is None:
         tokenizer = tokenizer_of(model, config)
-    positions = getattr(model.config, "max_position_embeddings", None) or settings.seq_len
-    settings = replace(settings, seq_len=min(settings.seq_len, positions))
+    settings = replace(settings, seq_len=_longest(model, settings))
     settings = replace(settings, gradient_checkpointing=checkpoints(plan, settings, config.device or model.device))
     tunes = settings.finetune != "none"
     teachers = load_teachers(config.teachers, model, tokenizer, seq_len=settings.seq_len) if tunes else []
@@ -238,6 +252,22 @@ def prepare(
         others = {FLOAT if t.model is None else weights_digest(t.model): t.weight for t in teachers}
         fingerprint = fingerprint_of(model, source.sha256, config.to_dict(), others)
     return Prepared(model, config, settings, plan, source, teachers, RunDirectory.open(chosen, fingerprint))
+
+
+def _longest(model: PreTrainedModel, settings: Settings) -> int:
+    """Tokens of a sequence: as many as asked for, if the model has positions for them and for a prefix."""
+    config: Any = model.config.get_text_config()
+    prefix = most_tokens(settings.prefix)
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
+    # A window hides a prefix from the far end of the text in the float model, but not on the device.
+    known = [limit for limit in (limits if prefix else limits[:1]) if limit]
+    room = min([settings.seq_len, *(limit - prefix for limit in known)])
+    if room < 2:
+        raise ValueError(
+            f"a prefix of {prefix} tokens leaves no room for text in the model's {min(known)} positions: "
+            "give a shorter one"
+        )
+    return room
 
 
 def check_model(model: nn.Module) -> None:
@@ -288,12 +318,12 @@ def check_device(device: torch.device | str) -> None:
 
 
 @torch.no_grad()
-def nll(model: nn.Module, ids: Tensor, batch_size: int) -> float:
-    """Mean next-token negative log-likelihood (nats) within the rows of ``ids``."""
+def nll(model: nn.Module, ids: Tensor, batch_size: int, prefix: Sequence[int] = ()) -> float:
+    """Mean next-token negative log-likelihood (nats) within the rows of ``ids``, each read behind ``prefix``."""
     device = next(model.buffers()).device
     total = 0.0
     for batch in ids.split(batch_size):
-        logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1].float()
+        logits = logits_behind(model, prefix, batch.to(device))[:, :-1].float()
         total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(device), reduction="sum"))
     return total / ids[:, 1:].numel()
 

@@ -53,6 +53,8 @@ class Recipe:
             fine-tuning; rows' scales move at ``lr_gains``, activation ranges at ``lr_ranges / 3``.
         cross_entropy, temperature, attention_alignment, attention_entropy, token_share: see ``tune.distill.Terms``.
         feature_steps: optimiser steps of ``"qad"`` on hidden states, before those on logits.
+        prefix: tokens kept in the cache before every text: ``"auto"`` where the model has massive activations, or
+            False for none.
         summary: one line for ``--help`` and the documentation.
     """
 
@@ -89,6 +91,7 @@ class Recipe:
     attention_entropy: float = 0.0
     token_share: float = 1.0
     feature_steps: int = 0
+    prefix: str | bool = False
 
 
 @dataclass(frozen=True)
@@ -191,12 +194,14 @@ RECIPES: dict[str, Recipe] = _table(
         name="best",
         summary="mobilequant, then the rounding of every weight learned end to end",
         rounding="learned",
+        prefix="auto",
     ),
     replace(
         _MOBILEQUANT,
         name="qad",
         summary="best, then quantization-aware distillation with low-rank weight updates",
         rounding="learned",
+        prefix="auto",
         finetune="qad",
     ),
 )

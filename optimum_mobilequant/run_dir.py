@@ -1,7 +1,7 @@
 """The folder that lets an interrupted run resume: one file for each finished stage, and what they were computed from.
 
     fingerprint.json                 inputs and settings; another run must not continue here
-    10_calibrate.safetensors ...     finished stages, tensors plus JSON metadata in the header
+    04_prefix.safetensors ...        finished stages, tensors plus JSON metadata in the header
     30_learn.progress.safetensors    the latest snapshot inside a stage; gone when the stage is finished
 
 Every file is written under a temporary name in the same folder, synced, then renamed: a file that has its final name
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 STAGES = {
     "write": 2,
     "write_more": 3,
+    "prefix": 4,
     "allocate": 5,
     "calibrate": 10,
     "smooth": 15,

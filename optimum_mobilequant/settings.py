@@ -64,6 +64,7 @@ class Settings:
     attention_entropy: float
     token_share: float
     finetune_ranges: bool
+    prefix: bool | int | str | list[int]
     gradient_checkpointing: bool | None
     teacher_dtype: str
 

@@ -69,7 +69,8 @@ def allocate_bits(job: Prepared) -> None:
     }
     config.overrides = {**(config.overrides or {}), **rows_of(job, units, chosen)} or None
     config.bits = config.sensitivity = config.bit_choices = None
-    job.plan = build_plan(job.plan.family, job.plan.geometry, config.resolve_scheme(), config.overrides)
+    plan = job.plan
+    job.plan = build_plan(plan.family, plan.geometry, config.resolve_scheme(), config.overrides, plan.prefix)
     logger.info(f"{mean:.2f} bits for each weight of the projections on average, {spent:,} bytes, by {name}")
 
 

@@ -33,6 +33,8 @@ def scheme_digest(config: Mapping[str, Any]) -> str:
     the digest in the weight file's header makes such an edit of ``config.json`` visible.
     """
     parts = {key: config.get(key) for key in ("scheme", "overrides", "family", "format_version")}
+    if config.get("prefix"):
+        parts["prefix"] = config["prefix"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

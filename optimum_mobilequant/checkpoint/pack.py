@@ -10,13 +10,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..nn import QWeight, quantizers_of, swap
+# As a module: nn may be half imported when loading transformers brings us here, see registration.py.
+from .. import nn as quantized_nn
+from ..log import get_logger
+from ..nn import QWeight, quantizers_of
+from ..nn.prefix import PackedPrefix, TunablePrefix
 from ..nn.tunable import TunableBias, TunableWeight
 from ..numerics import dequantize, quantize
 from ..numerics.qparams import Grid
 from ..plan import Plan
 
+logger = get_logger(__name__)
+
 _BIAS_GRID = Grid(32, signed=True)
+# Share of a layer's prefix beyond the ranges from which a warning is due.
+_CLIPPED = 0.01
 
 
 @dataclass
@@ -27,12 +35,14 @@ class Packed:
         weights: module path -> (signed codes, scale, zero point). biases: module path -> float32 on its int32 grid.
         activations: quantizer name -> (scale, zero point), 0-dim.
         multipliers: module path -> multiplier of each group, for weights that have groups.
+        prefix: attention path -> codes of the prefix' keys and values; empty without a prefix.
     """
 
     weights: dict[str, tuple[Tensor, Tensor, Tensor]]
     biases: dict[str, Tensor]
     activations: dict[str, tuple[Tensor, Tensor]]
     multipliers: dict[str, Tensor] = field(default_factory=dict)
+    prefix: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat, for a stage file."""
@@ -42,6 +52,8 @@ class Packed:
             flat |= {f"weight/{path}/{n}": t for n, t in zip(("codes", "scale", "zero_point"), parts, strict=True)}
         for name, (scale, zero_point) in self.activations.items():
             flat |= {f"activation/{name}/scale": scale, f"activation/{name}/zero_point": zero_point}
+        for path, (keys, values) in self.prefix.items():
+            flat |= {f"prefix/{path}/key": keys, f"prefix/{path}/value": values}
         return {key: tensor.contiguous() for key, tensor in flat.items()}
 
     @classmethod
@@ -57,6 +69,7 @@ class Packed:
                 for n in names("activation")
             },
             {p: tensors[f"multiplier/{p}"] for p in names("multiplier")},
+            {p: (tensors[f"prefix/{p}/key"], tensors[f"prefix/{p}/value"]) for p in names("prefix")},
         )
 
 
@@ -83,6 +96,13 @@ def pack(student: nn.Module, plan: Plan) -> Packed:
             scale = bias_scale(plan, path, packed.activations, packed.weights[path][1])
             zero = torch.zeros((), dtype=torch.int32, device=bias.device)
             packed.biases[path] = dequantize(quantize(bias, scale, zero, _BIAS_GRID), scale, zero)
+    for path, module in modules.items():
+        if isinstance(module, TunablePrefix):
+            attention = path.rpartition(".")[0]
+            keys, values, clipped = module.codes(modules[attention])
+            packed.prefix[attention] = (keys, values)
+            if clipped > _CLIPPED:
+                logger.warning(f"{clipped:.1%} of the prefix in {attention} lie beyond the ranges of keys and values")
     scales = {f"{path}.weight": parts[1] for path, parts in packed.weights.items()}
     scales |= {name: parts[0] for name, parts in packed.activations.items()}
     if bad := [name for name, scale in scales.items() if not (torch.isfinite(scale).all() and (scale > 0).all())]:
@@ -124,9 +144,18 @@ def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
     def make_bias(path: str, _: Tensor) -> nn.Parameter:
         return nn.Parameter(packed.biases[path].to(device), requires_grad=False)
 
-    swap(model, plan, make_weight, make_bias)
+    def make_prefix(path: str) -> PackedPrefix:
+        keys, values = (codes.to(device) for codes in packed.prefix[path])
+        return PackedPrefix(keys, values, value_path(plan))
+
+    quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix)
     for quantizer in quantizers_of(model):
         quantizer.set(*packed.activations[quantizer.spec.name])
+
+
+def value_path(plan: Plan) -> str:
+    """Path of the value projection from the attention."""
+    return plan.family.value.removeprefix(f"{plan.family.attention}.")
 
 
 def skeleton(model: nn.Module, plan: Plan) -> None:
@@ -138,4 +167,15 @@ def skeleton(model: nn.Module, plan: Plan) -> None:
     def make_bias(_: str, bias: Tensor) -> nn.Parameter:
         return nn.Parameter(torch.empty_like(bias, dtype=torch.float32), requires_grad=False)
 
-    swap(model, plan, make_weight, make_bias)
+    def make_prefix(path: str) -> PackedPrefix:
+        f, g = plan.family, plan.geometry
+        index = int(path.removesuffix(f".{f.attention}").rpartition(".")[2])
+        owners = (f"{path}.key_rotated", f"{f.layer(index, f.value)}.output")
+        shape, device = (
+            (g.kv_heads, len(plan.prefix), g.head_dim),
+            model.get_parameter(f"{f.final_norm}.weight").device,
+        )
+        keys, values = (torch.empty(shape, dtype=plan.activations[n].grid.dtype, device=device) for n in owners)
+        return PackedPrefix(keys, values, value_path(plan))
+
+    quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix)

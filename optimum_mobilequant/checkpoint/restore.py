@@ -9,10 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..log import get_logger
 from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantLinear, QuantNorm
 from ..nn.attention import refuse_other_attention
+from ..nn.prefix import remove_prefix
 from ..nn.quantizer import quantize_output
 from ..plan import Plan
+
+logger = get_logger(__name__)
 
 
 @torch.no_grad()
@@ -20,7 +24,7 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
     """Replace every quantized module by the original kind, in place.
 
     Weights keep their rounded values, transforms stay folded in; activations are no longer rounded. A tied head stays
-    tied.
+    tied. A plain model has no place for a prefix: it is left out, with a warning.
 
     Args:
         dtype: of the restored weights.
@@ -52,6 +56,11 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
         if isinstance(module, QuantEmbedding) and hasattr(plain, "embed_scale"):
             plain.embed_scale.fill_(module.multiplier)
         model.set_submodule(path, plain)
+    if remove_prefix(model):
+        logger.warning(
+            f"the model read every text behind the tokens {list(plan.prefix)}, which a plain model has no cache for: "
+            "put them in front of each text to get what the quantized model computed"
+        )
     for left in model.modules():
         for name, child in list(left.named_children()):
             if isinstance(child, Quantizer):

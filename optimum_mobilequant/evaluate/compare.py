@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from ..exporters.source import prefix_tokens
 from ..graph.ir import Encoding
 from ..graph.load import QUANTO, load_graph, method_of
 from ..numerics import dequantize
@@ -95,7 +96,8 @@ def compare(
         onnx: folder of its export to onnx; runs in ONNX Runtime.
         onnx_float64: also that export with every float operation in float64: what the graph means.
         htp: also run on the HTP emulator.
-        float_model: folder or Hub id of the float model it was made from.
+        float_model: folder or Hub id of the float model it was made from; of a checkpoint with a prefix it also runs
+            as ``float_prefix``, reading the prefix tokens before each chunk.
         seq_len: tokens of a chunk. tokens: use only so many tokens of the text.
         batch_size: chunks at a time; a matter of memory, not of the result.
         progress: show a progress bar.
@@ -155,8 +157,9 @@ def _check(
     if seq_len < 2 or (tokens is not None and tokens < seq_len):
         raise ValueError(f"seq_len must be at least 2 and tokens at least seq_len, not {seq_len} and {tokens}")
     positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
-        raise ValueError(f"seq_len {seq_len} is beyond the model's {positions} positions; lower seq_len")
+    if positions is not None and seq_len > positions - (prefix := prefix_tokens(AutoConfig.from_pretrained(folder))):
+        behind = f" behind a prefix of {prefix}" if prefix else ""
+        raise ValueError(f"seq_len {seq_len} is beyond the model's {positions} positions{behind}; lower seq_len")
     if float_model is not None:
         config = AutoConfig.from_pretrained(float_model)
         if getattr(config, "quantization_config", None) is not None:

@@ -207,7 +207,8 @@ def mean_bits(model: PreTrainedModel) -> float:
 
 def extras(config: MobileQuantConfig) -> dict[str, Any]:
     """What a checkpoint needs at run time beyond an ordinary model of its architecture; empty for most."""
-    return {}
+    tokens = config.prefix_ids()
+    return {"prefix slots": len(tokens)} if tokens else {}
 
 
 def added(below: Settings | None, here: Settings) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from ..nn.prefix import logits_behind, prefix_length
 from ..overlap import warn_if_calibrated_on
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def perplexity(
     *,
     seq_len: int = 256,
     bos: bool = False,
+    prefix: Sequence[int] = (),
     batch_size: int = 8,
     progress: bool = True,
 ) -> PerplexityResult:
@@ -94,18 +96,23 @@ def perplexity(
         text_or_ids: the text, or its token ids, int [tokens].
         seq_len: length of the model's input, from 2 to the model's number of positions.
         bos: see above.
+        prefix: ids of tokens that a float model reads before each chunk, unscored: the control for a quantized model
+            with that prefix, which needs no such argument.
         batch_size: chunks per forward pass; a matter of memory, not of the result.
         progress: show a progress bar.
 
     Raises:
-        ValueError: text shorter than one chunk, ids outside the vocabulary, ``seq_len`` the model does not have,
-            or a loss that is not finite.
+        ValueError: text shorter than one chunk, ids outside the vocabulary, ``seq_len`` the model does not have, a
+            second prefix, or a loss that is not finite.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len < 2 or batch_size < 1:
         raise ValueError(f"seq_len must be at least 2 and batch_size at least 1, not {seq_len} and {batch_size}")
-    if positions is not None and seq_len > positions:
-        raise ValueError(f"seq_len {seq_len} is beyond the model's {positions} positions; lower seq_len")
+    if (own := prefix_length(model)) and prefix:
+        raise ValueError(f"the model has a prefix of {own} tokens of its own; leave out prefix=...")
+    if positions is not None and seq_len > positions - (before := own or len(prefix)):
+        behind = f" behind a prefix of {before}" if before else ""
+        raise ValueError(f"seq_len {seq_len} is beyond the model's {positions} positions{behind}; lower seq_len")
     first = getattr(tokenizer, "bos_token_id", None) if bos else None
     if bos and first is None:
         raise ValueError("bos=True needs a tokenizer with a beginning-of-sequence token; use bos=False")
@@ -128,7 +135,7 @@ def perplexity(
         with torch.no_grad():
             for batch in tqdm(chunks.split(batch_size), desc="perplexity", unit="batch", disable=not progress):
                 batch = batch.to(device)
-                logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+                logits = logits_behind(model, prefix, batch)[:, :-1]
                 targets = batch[:, 1:].to(logits.device)
                 loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.flatten(), reduction="none")
                 total += loss.double().sum().item()

@@ -16,6 +16,7 @@ from ..graph.executor import IntegerExecutor
 from ..graph.inputs import DecoderInputs
 from ..graph.ir import Encoding
 from ..graph.load import LoadedGraph
+from ..nn.prefix import logits_behind
 from ..numerics.integer import to_grid
 
 
@@ -60,8 +61,16 @@ def _logits_encoding(loaded: LoadedGraph) -> Encoding:
 
 
 def _float(request: Request) -> LogitsRunner | None:
-    if request.float_model is None:
-        return None
+    return None if request.float_model is None else _float_behind(request, ())
+
+
+def _float_prefix(request: Request) -> LogitsRunner | None:
+    prefix = request.loaded.plan.prefix
+    return _float_behind(request, prefix) if request.float_model is not None and prefix else None
+
+
+def _float_behind(request: Request, prefix: tuple[int, ...]) -> LogitsRunner:
+    assert request.float_model is not None
     model = AutoModelForCausalLM.from_pretrained(request.float_model, dtype=torch.float32).eval()
     vocabulary = request.loaded.graph.facts["vocabulary"]
     if (found := model.config.get_text_config().vocab_size) != vocabulary:
@@ -69,7 +78,12 @@ def _float(request: Request) -> LogitsRunner | None:
             f"{request.float_model!r} has {found} tokens and the checkpoint {vocabulary}: give the float model that "
             "the checkpoint was made from"
         )
-    return Runner(lambda ids: _forward(model, ids))
+
+    @torch.no_grad()
+    def run(ids: Tensor) -> Tensor:
+        return logits_behind(model, prefix, ids)
+
+    return Runner(run)
 
 
 def _simulate(request: Request) -> LogitsRunner | None:
@@ -122,10 +136,14 @@ def _exported(request: Request, folder: Path, session: Callable[[Path], Any]) ->
     from ..exporters.onnx.runtime import logits_runner
 
     runner = logits_runner(folder, session=session)
-    if (context := runner.model.context) < request.seq_len:
+    prefix = request.loaded.graph.prefix_length
+    needed, behind = request.seq_len + prefix, f" behind a prefix of {prefix}" if prefix else ""
+    if runner.model.prefix_length != prefix:
+        raise ValueError(f"{folder} was exported from another checkpoint: its prefix has another length")
+    if (context := runner.model.context) < needed:
         raise ValueError(
-            f"{folder} was exported for {context} tokens, windows have {request.seq_len}: lower seq_len, or "
-            f"export with --context {request.seq_len}"
+            f"{folder} was exported for {context} tokens, windows have {request.seq_len}{behind}: lower seq_len, or "
+            f"export with --context {needed}"
         )
     if runner.encoding is not None and not runner.encoding.same_as(_logits_encoding(request.loaded)):
         raise ValueError(f"{folder} was exported from another checkpoint: its logits have another scale")
@@ -138,12 +156,14 @@ def _htp(request: Request) -> LogitsRunner | None:
     from ..exporters.htp import HtpRunner
 
     chunk = min(32, max(1, request.seq_len // 2))
-    return HtpRunner(request.loaded.folder, context=request.seq_len, prompt_length=chunk)
+    context = request.seq_len + request.loaded.graph.prefix_length
+    return HtpRunner(request.loaded.folder, context=context, prompt_length=chunk)
 
 
 # A runner is compared with each that stands before it.
 RUNNERS: dict[str, Callable[[Request], LogitsRunner | None]] = {
     "float": _float,
+    "float_prefix": _float_prefix,
     "simulate": _simulate,
     "float32": _float32,
     "integer": _integer,

@@ -64,7 +64,7 @@ def export_compressed_tensors(checkpoint: Path, out: Path, options: ExportOption
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: a checkpoint of another method, or a damaged one; weights of 3 or 16 bits.
+        ValueError: a checkpoint of another method, a damaged one, or one with a prefix; weights of 3 or 16 bits.
     """
     if method_of(checkpoint) == QUANTO:
         raise ValueError(
@@ -74,6 +74,11 @@ def export_compressed_tensors(checkpoint: Path, out: Path, options: ExportOption
     model, config = empty_model(checkpoint)
     plan = plan_of(model, config)
     check_weight_bits(plan)
+    if plan.prefix:
+        raise ValueError(
+            f"the checkpoint keeps {len(plan.prefix)} prefix tokens in its cache; {TARGET} has no place for them, and "
+            "its static ranges do not hold those tokens in a text: quantize with prefix=False for this target"
+        )
     skeleton(model, plan)
     reader = TensorReader(checkpoint)
     check_files(model, map(str, reader.files), config.to_dict(), sentinel_key(plan))

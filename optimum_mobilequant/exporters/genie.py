@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .genie_config import (
     rope_settings,
     sampler,
 )
+from .genie_prefix import write_state
 from .genie_readme import readme
 from .genie_runner import CONFIG, EXTENSIONS
 from .htp import ContextBinary, build_contexts, check_reload, open_for_htp, require_emulator, write_htp_graphs
@@ -63,6 +64,7 @@ def export_genie(checkpoint: Path, out: Path, options: ExportOptions) -> ExportR
     facts = source.graph.facts
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=out) as folder:
         graphs = write_htp_graphs(source, Path(folder), options)
+        write_state(source.graph, prefix := source.plan.prefix, out)
         del source  # the compiler needs the memory
         binaries, sdk = compile_graphs(Path(folder), graphs, out, chip)
     for name in _TOKENIZER_FILES:
@@ -84,8 +86,8 @@ def export_genie(checkpoint: Path, out: Path, options: ExportOptions) -> ExportR
         write_json(out / name, config)
         write_json(out / extensions, backend_extensions(chip, shared=name == SHARED_CONFIG))
     sizes = {name: (out / name).stat().st_size for name in binaries}
-    write_json(out / METADATA, metadata(checkpoint, out, facts, vocabulary, chip, options, sdk, binaries))
-    text = readme(chip, options, sdk, sizes, vocabulary, checkpoint.name)
+    write_json(out / METADATA, metadata(checkpoint, out, facts, vocabulary, chip, options, sdk, binaries, prefix))
+    text = readme(chip, options, sdk, sizes, vocabulary, checkpoint.name, len(prefix))
     (out / README).write_text(text, encoding="utf-8")
     summary = {
         "soc": chip.name,
@@ -141,6 +143,7 @@ def metadata(
     options: ExportOptions,
     sdk: str,
     binaries: list[str],
+    prefix: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What a later reader has to know of the bundle: origin, sizes, digests of the binaries, and what was checked."""
     versions = {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn", "transformers", "torch")}
@@ -155,6 +158,7 @@ def metadata(
         "prompt_length": options.prompt_length,
         "facts": dict(facts),
         "tokens": {"bos": vocabulary.bos, "eos": list(vocabulary.eos), "pad": vocabulary.pad},
+        **({"prefix": list(prefix)} if prefix else {}),
         "binaries": {name: _binary(out / name) for name in binaries},
     }
 

@@ -18,10 +18,10 @@ Context: {context} tokens; prompts are read {chunk} at a time.
 | `genie_config.json`, `htp_backend_ext_config.json` | configuration; names `prompt.bin` and `token.bin` |
 | `prompt.bin`, `token.bin` | one graph each ({prompt} and {token} MB). Both were loaded in the HTP emulator |
 {shared}| `tokenizer.json` | the model's own |
-| `metadata.json` | where all this comes from, and digests |
+{state}| `metadata.json` | where all this comes from, and digests |
 
 {bos}
-
+{prefix}
 ## On this computer
 
 The emulator reads the same files (slowly: use it for small models):
@@ -53,6 +53,13 @@ _SHARED_ROWS = (
     "| `shared.bin` | both graphs over one copy of the weights ({size} MB). Compiled, but no emulator can load such a "
     "file: nothing of it was run |\n"
 )
+_STATE_ROW = (
+    "| `prefix` | a dialog that has read the checkpoint's prefix: {count} tokens, in the first places of the cache |\n"
+)
+_PREFIX = """
+**The model needs its prefix.** An application calls `GenieDialog_restore(dialog, "prefix")` after creating a dialog,
+and again after every `GenieDialog_reset`; without it the text is much worse. The emulator's runner below does.
+"""
 _LESS = """
 `-c genie_config_shared.json` runs the binary that holds the weights once, which takes about half the memory. For that
 alone push `shared.bin` and leave `prompt.bin` and `token.bin` out; without it, leave `shared.bin` out.
@@ -60,13 +67,20 @@ alone push `shared.bin` and leave `prompt.bin` and `token.bin` out; without it, 
 
 
 def readme(
-    chip: Soc, options: ExportOptions, sdk: str, binaries: Mapping[str, int], vocabulary: Vocabulary, name: str
+    chip: Soc,
+    options: ExportOptions,
+    sdk: str,
+    binaries: Mapping[str, int],
+    vocabulary: Vocabulary,
+    name: str,
+    prefix: int = 0,
 ) -> str:
     """Text of a bundle's README.
 
     Args:
         binaries: file name -> bytes.
         name: of the checkpoint.
+        prefix: number of tokens of its prefix.
     """
     size = {file: f"{count / 1e6:.1f}" for file, count in binaries.items()}
     shared = "shared.bin" in size
@@ -82,6 +96,8 @@ def readme(
         token=size["token.bin"],
         shared=_SHARED_ROWS.format(size=size["shared.bin"]) if shared else "",
         less=_LESS if shared else "",
+        prefix=_PREFIX if prefix else "",
+        state=_STATE_ROW.format(count=prefix) if prefix else "",
         bos=(
             "Genie puts no BOS token before a prompt, as the model's tokenizer puts none."
             if vocabulary.bos is None

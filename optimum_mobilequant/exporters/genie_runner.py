@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, EXTENSIONS = "genie_config.json", "htp_backend_ext_config.json"
+STATE = "prefix"  # a dialog that has read the checkpoint's prefix, if it has one; see genie_prefix.py
 # GenieDialog_query's status: 0, or a warning that ended the text. Negative ones are errors.
 _ENDED = {0: "ended", 4: "context full"}
 _COMPLETE = 0  # GENIE_DIALOG_SENTENCE_COMPLETE: the query is all of the prompt
@@ -144,6 +145,9 @@ class _Genie:
             raise RuntimeError(f"Genie failed with status {status} while {doing}")
         return status
 
+    def restore(self, state: Path) -> None:
+        self.check("restoring the prefix", self.api.GenieDialog_restore(self.dialog, str(state).encode()))
+
     def limit(self, tokens: int) -> None:
         self.check("setting the limit", self.api.GenieDialog_setMaxNumTokens(self.dialog, ctypes.c_uint32(tokens)))
 
@@ -179,6 +183,8 @@ def _run(bundle: Path, request: dict[str, Any], folder: Path) -> Generated:
         config["dialog"]["debug"] = {"path": str(request["dump"]), **wanted}
     os.chdir(bundle)
     genie = _Genie(config)
+    if (bundle / STATE).is_dir():
+        genie.restore(bundle / STATE)
     genie.limit(request["tokens"])
     started = time.monotonic()
     pieces: list[str] = []

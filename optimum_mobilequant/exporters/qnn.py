@@ -3,6 +3,7 @@
     prompt_ar<S>_cl<C>.aimet/   model.onnx, model.data, model.encodings: the graph for S new tokens
     token_ar1_cl<C>.aimet/      the graph for one new token; the weights are the same
     io_spec.json                inputs and outputs of both graphs as integers
+    prefix.safetensors          what the first slots of the cache hold from the start, if the checkpoint has a prefix
     README.md                   what each file is
 
 AI Hub takes a folder with exactly one ``.onnx``, at most one ``.data``, one ``.encodings`` and nothing else.
@@ -23,6 +24,7 @@ from ..log import get_logger
 from .encodings import Coverage, TensorEncoding, check_coverage, tensor_encodings, write_encodings
 from .folder import write_json
 from .onnx import FLOAT, Emitted, Layout, WeightStore, emit
+from .onnx.prefix import write_prefix
 from .options import ExportOptions, ExportResult
 from .source import open_checkpoint
 from .targets import TARGETS, check_graph, widen_graph
@@ -60,12 +62,14 @@ def export_qnn(checkpoint: Path, out: Path, options: ExportOptions) -> ExportRes
         logger.info(f"{len(widened)} 8-bit tensors get 16 bits over the same range, e.g. {widened[0]}")
     emitted = write_aimet(graph, out, options)
     encodings, coverage = write_all_encodings(emitted, out, options.encodings_version)
-    spec = {
+    spec: dict[str, Any] = {
         "format_version": IO_SPEC_VERSION,
         "context": options.context,
         "prompt_length": options.prompt_length,
         "graphs": {name: io_of(graph_, encodings[name]) for name, graph_ in emitted.items()},
     }
+    if (prefix := write_prefix(source.graph, out)) is not None:
+        spec["prefix"] = prefix
     write_json(out / IO_SPEC, spec)
     (out / README).write_text(_readme(list(emitted), options, coverage, widened), encoding="utf-8")
     summary = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ class Source:
 
     @torch.no_grad()
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions 0 to ``length - 1``, float32 ``[length, rotary_dims / 2]`` each; already on the
-        grid of their encoding, where they have one."""
+        """cos and sin of positions 0 to ``length - 1`` of the cache, those of a prefix included, float32
+        ``[length, rotary_dims / 2]`` each; already on the grid of their encoding, where they have one."""
         rotary: Any = self.model.get_submodule(self.plan.family.rotary)
-        tables = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+        # The module counts from behind the prefix.
+        tables = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None] - len(self.plan.prefix))
         half = self.graph.facts["rotary_dims"] // 2
         cos, sin = (table[0, :, :half].float().contiguous() for table in tables)
         return cos, sin
@@ -82,7 +84,7 @@ def resolve_options(folder: Path, *, context: int | None = None, prompt_length: 
     Raises:
         FileNotFoundError: no such folder, or no ``config.json`` in it.
         ValueError: a float model or one of another method; a context beyond the model's positions or its attention
-            window, or a prompt length that does not fit in it.
+            window, or a prompt length that does not fit in it behind a prefix.
     """
     method_of(folder)
     config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -94,9 +96,22 @@ def resolve_options(folder: Path, *, context: int | None = None, prompt_length: 
     for name, limit in known.items():
         if context > limit:
             raise ValueError(f"context {context} is more than the model's {limit} {name}: give at most {limit}")
+    prefix = prefix_tokens(config)
     if prompt_length is None:
-        prompt_length = min(DEFAULT_PROMPT_LENGTH, max(1, context // 2))
+        prompt_length = min(DEFAULT_PROMPT_LENGTH, max(1, context // 2), max(1, context - prefix))
+    if prefix and prefix > context - max(prompt_length, 2):
+        raise ValueError(
+            f"the first {prefix} of {context} tokens of context belong to the checkpoint's prefix, which leaves no "
+            f"room for {prompt_length} more: give a larger context or a smaller prompt length"
+        )
     return ExportOptions(context=context, prompt_length=prompt_length)
+
+
+def prefix_tokens(config: Any) -> int:
+    """Number of tokens that the checkpoint of a model config keeps in its cache before every text."""
+    stored = getattr(config, "quantization_config", None)
+    tokens = stored.get("prefix") if isinstance(stored, Mapping) else getattr(stored, "prefix", None)
+    return len(tokens) if isinstance(tokens, list) else 0
 
 
 def attention_window(config: Any) -> int | None:

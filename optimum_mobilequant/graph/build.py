@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..nn.prefix import prefix_codes
 from ..numerics import Grid
 from ..plan import Plan
 from .ir import BATCH, MOVES, PAST, SEQUENCE, TOTAL, Dim, Encoding, Graph, Op, Value
@@ -35,6 +36,8 @@ class _Builder:
         self.model, self.plan, self.source = model, plan, source
         g = plan.geometry
         self.graph = Graph({}, [], [], [], {}, {name: getattr(g, name) for name in _FACTS})
+        for i, (keys, values) in enumerate(prefix_codes(model)):
+            self.graph.prefix |= {f"past_key_{i}": keys.cpu(), f"past_value_{i}": values.cpu()}
         rotary: Any = model.get_submodule(plan.family.rotary)
         if (kind := getattr(rotary, "rope_type", "default")) not in _STATIC_ROPE:
             raise ValueError(

@@ -86,7 +86,7 @@ class IntegerExecutor:
             input_ids: int64 ``[batch, sequence]``.
             cos, sin: int16 ``[batch, 1, sequence, rotary_dims / 2]``, see :func:`~.inputs.rotary_tables`.
             visible: bool or integer ``[batch, 1, sequence, total]``; 0 hides a position.
-            past: codes of the cached keys and values of each layer; None for an empty cache.
+            past: codes of the cached keys and values of each layer; None for :meth:`start_cache`.
             trace: filled with the codes of every tensor that an operation makes, by name.
 
         Raises:
@@ -98,7 +98,7 @@ class IntegerExecutor:
             if given.is_floating_point():
                 raise ValueError(f"{name} must hold integers, not {given.dtype}")
         if past is None:
-            past = self.empty_cache(input_ids.shape[0])
+            past = self.start_cache(input_ids.shape[0])
         if len(past) != layers:
             raise ValueError(f"the cache holds {len(past)} layers, but the model has {layers}")
         values = {"input_ids": input_ids, "attention_mask": visible, "position_cos": cos, "position_sin": sin}
@@ -125,12 +125,12 @@ class IntegerExecutor:
         *,
         trace: dict[str, Tensor] | None = None,
     ) -> StepOutput:
-        """Run on token ids; ``past`` of the result holds the whole cache, to be given to the next call.
+        """Run on token ids; ``past`` of the result holds the whole cache, a prefix first, for the next call.
 
         Args:
             input_ids: int64 ``[batch, sequence]``.
-            attention_mask: 1 for a token, 0 for padding on either side, ``[batch, cached + sequence]``; None for no
-                padding.
+            attention_mask: 1 for a token, 0 for padding on either side, ``[batch, cached + sequence]`` (a prefix
+                not counted); None for no padding.
 
         Raises:
             ValueError: as :meth:`run`, a mask of another shape, or a text longer than the rotary tables.
@@ -138,11 +138,11 @@ class IntegerExecutor:
         if self.inputs is None:
             raise ValueError("forward needs rotary tables and masks: make the executor with IntegerExecutor.of(model)")
         _check_ids(input_ids, self.graph.facts["vocabulary"])
-        length = past[0][0].shape[2] if past else 0
+        if past is None:
+            past = self.start_cache(input_ids.shape[0])
+        length = past[0][0].shape[2] - self.graph.prefix_length
         step = self.inputs(input_ids, attention_mask, length)
         out = self.run(input_ids, cos=step.cos, sin=step.sin, visible=step.visible, past=past, trace=trace)
-        if past is None:
-            return out
         joined = [
             (torch.cat([k, new_k], 2), torch.cat([v, new_v], 2))
             for (k, v), (new_k, new_v) in zip(past, out.past, strict=True)
@@ -161,10 +161,10 @@ class IntegerExecutor:
                 out = self.forward(token, mask, out.past)
         return ids
 
-    def empty_cache(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of length 0, in the dtypes their codes are kept in."""
+    def start_cache(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """Codes of the keys and values before any text: those of the prefix, of length 0 without one."""
         return [
-            (self._empty(f"past_key_{i}", batch), self._empty(f"past_value_{i}", batch))
+            (self._start(f"past_key_{i}", batch), self._start(f"past_value_{i}", batch))
             for i in range(self.graph.facts["layers"])
         ]
 
@@ -176,7 +176,9 @@ class IntegerExecutor:
     def _call(self, op: Op, values: Mapping[str, Tensor]) -> Tensor:
         return self.functions[op.output](*(values[name] for name in op.inputs if name not in self.graph.constants))
 
-    def _empty(self, name: str, batch: int) -> Tensor:
+    def _start(self, name: str, batch: int) -> Tensor:
+        if name in self.graph.prefix:
+            return self.graph.prefix[name].expand(batch, -1, -1, -1)
         size = self.graph.size(name, batch=batch, past=0)
         return torch.zeros(size, dtype=encoding_of(self.graph, name).grid.dtype)
 

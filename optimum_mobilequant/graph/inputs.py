@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..hf_quantizer import plan_of
+from ..nn.prefix import prefix_length
 
 
 class StepInputs(NamedTuple):
@@ -16,7 +18,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
         cos, sin: int16 codes (Q1.14), ``[batch, 1, sequence, rotary_dims / 2]``.
-        visible: bool ``[batch, 1, sequence, total]``.
+        visible: bool ``[batch, 1, sequence, total]``, the prefix' slots first.
     """
 
     cos: Tensor
@@ -29,7 +31,7 @@ def rotary_tables(model: PreTrainedModel, positions: Tensor) -> tuple[Tensor, Te
     """Codes of cos and sin from the model's own rotary module, so that its scaling of positions is kept.
 
     Args:
-        model: a quantized model. positions: int64 ``[batch, sequence]``.
+        model: a quantized model. positions: int64 ``[batch, sequence]``, counted from behind its prefix.
 
     Returns:
         Two int16 tensors ``[batch, 1, sequence, rotary_dims / 2]``, values times 2**14.
@@ -70,13 +72,14 @@ class DecoderInputs:
     """Makes :class:`StepInputs` from token ids and a padding mask; the tables are computed once for all positions.
 
     Args:
-        model: a quantized model.
+        model: a quantized model. With a prefix, positions and cached tokens here are those of the text behind it.
         positions: length of the tables; None for all that the model has.
     """
 
     def __init__(self, model: PreTrainedModel, positions: int | None = None):
         self.window = attention_window(model)
-        self.positions = positions or int(model.config.get_text_config().max_position_embeddings)
+        self.prefix = prefix_length(model)
+        self.positions = positions or int(model.config.get_text_config().max_position_embeddings) - self.prefix
         cos, sin = rotary_tables(model, torch.arange(self.positions)[None])
         self.cos, self.sin = cos[0, 0], sin[0, 0]
 
@@ -114,5 +117,5 @@ class DecoderInputs:
         seen = column <= row
         if self.window is not None:
             seen = seen & (column > row - self.window)
-        visible = seen[None, None] & real[:, None, None, :]
+        visible = F.pad(seen[None, None] & real[:, None, None, :], (self.prefix, 0), value=True)
         return StepInputs(self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1), visible)

@@ -128,6 +128,8 @@ class Graph:
         constants: name -> function that returns the codes (integer dtype, the value's shape), or the float tensor
             where the value has no encoding. Called when needed, so that 4-bit weights stay packed until then.
         facts: layers, heads, kv_heads, head_dim, rotary_dims, hidden, mlp, vocabulary.
+        prefix: name of a cache input -> codes ``[kv_heads, length, head_dim]`` that its first slots hold before any
+            text; empty without a prefix.
     """
 
     values: dict[str, Value]
@@ -136,6 +138,12 @@ class Graph:
     outputs: list[str]
     constants: dict[str, Callable[[], Tensor]]
     facts: dict[str, int]
+    prefix: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def prefix_length(self) -> int:
+        """Slots of the cache that are filled before any text."""
+        return next((codes.shape[1] for codes in self.prefix.values()), 0)
 
     def producer(self, name: str) -> Op | None:
         """The operation that makes a tensor; None for inputs and constants."""

@@ -39,7 +39,7 @@ def simulated_codes(
     codes: dict[str, Tensor] = {
         "input_ids": input_ids, "attention_mask": step.visible, "position_cos": step.cos, "position_sin": step.sin,
     }  # fmt: skip
-    for i, (keys, values) in enumerate(executor.empty_cache(input_ids.shape[0])):
+    for i, (keys, values) in enumerate(executor.start_cache(input_ids.shape[0])):
         codes |= {f"past_key_{i}": keys, f"past_value_{i}": values}
 
     producers = {op.output: op for op in graph.ops}

@@ -84,7 +84,7 @@ def _bits(facts: Facts) -> str:
         roles = found.setdefault((row["kind"], row["bits"]), [])
         if row["role"] not in roles:
             roles.append(row["role"])
-    kinds = ("weight", "bias", "activation")
+    kinds = ("weight", "bias", "activation", "prefix")
     order = sorted(found, key=lambda key: (kinds.index(key[0]), key[1]))
     rows = [
         (f"{'biases' if kind == 'bias' else f'{kind}s'}, {bits} bits", ", ".join(found[kind, bits]))
@@ -98,7 +98,12 @@ def _scores(facts: Facts) -> str:
     if "quantized" not in values:
         return "## Scores\n\nNone were recorded."
     learned = bool(facts.config.recorded.get("best_step"))
-    names = {"float": "float model", "start": "quantized, before learning", "quantized": "this checkpoint"}
+    names = {
+        "float": "float model",
+        "float_prefix": "float model behind the prefix",
+        "start": "quantized, before learning",
+        "quantized": "this checkpoint",
+    }
     rows = []
     if not learned:
         names.pop("start")

@@ -28,7 +28,8 @@ def quantized_attention(
     """Attention with every tensor rounded by the quantizers that ``swap`` hung on ``module``.
 
     The cache holds keys before ``key_rotated`` rounds them and values that ``v_proj`` has rounded: rounding is
-    elementwise and static, so codes computed at each read equal codes stored once.
+    elementwise and static, so codes computed at each read equal codes stored once. A prefix (:mod:`.prefix`) stands
+    before them.
 
     Args:
         query: ``[batch, heads, q, head_dim]``. key, value: ``[batch, kv_heads, k, head_dim]``.
@@ -38,6 +39,8 @@ def quantized_attention(
         context ``[batch, q, heads, head_dim]`` and probabilities ``[batch, heads, q, k]`` (None while tuning on CPUs).
     """
     query, key = module.query_rotated(query), module.key_rotated(key)
+    if (prefix := getattr(module, "prefix", None)) is not None:
+        key, value, attention_mask = prefix.before(module, key, value, attention_mask)
     if _tunes(module, query):
         encodings = (Encoding(q.scale, q.zero_point, q.spec.grid) for q in (module.scores, module.probabilities))
         context = attend(query, key, value, attention_mask, scaling, *encodings)

@@ -10,20 +10,29 @@ from torch import Tensor, nn
 from ..plan import Plan
 from . import attention
 from .modules import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm
+from .prefix import Prefix, hang_prefix
 from .quantizer import Quantizer, quantize_output
 from .qweight import QWeight
 from .tunable import TunableBias, TunableWeight
 
 MakeWeight = Callable[[str, Tensor], "QWeight | TunableWeight"]
 MakeBias = Callable[[str, Tensor], "nn.Parameter | TunableBias"]
+MakePrefix = Callable[[str], Prefix]
 
 
-def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeBias) -> None:
+def swap(
+    model: nn.Module,
+    plan: Plan,
+    make_weight: MakeWeight,
+    make_bias: MakeBias,
+    make_prefix: MakePrefix | None = None,
+) -> None:
     """Put a quantizer on every activation of the plan and a weight provider on every weight.
 
     Args:
         model: a transformers causal LM of ``plan.family``; its decoder is changed in place.
         make_weight: (module path, float weight) -> provider. make_bias: likewise for ``<module>.bias``.
+        make_prefix: attention path -> its prefix; needed where the plan has one.
 
     Raises:
         RuntimeError: the plan and the model do not cover each other.
@@ -95,6 +104,10 @@ def swap(model: nn.Module, plan: Plan, make_weight: MakeWeight, make_bias: MakeB
         layer: Any = model.get_submodule(f.layer(i))
         layer.output = quantizer(f"{f.layer(i)}.output")
         layer.register_forward_hook(quantize_output)
+    if plan.prefix:
+        assert make_prefix is not None
+        paths = [f.layer(i, f.attention) for i in range(geometry.layers)]
+        hang_prefix(model, f.rotary, {path: make_prefix(path) for path in paths})
     norm(f.final_norm)
     linear(f.head, embedding if geometry.tied else None)
     config: Any = model.config
@@ -121,6 +134,7 @@ def refuse_uncovered(model: nn.Module, plan: Plan) -> None:
         RuntimeError: names the float modules left, whose tensors a converter would encode by itself.
     """
     ours = (QuantLinear, QuantNorm, QuantEmbedding, QuantActivation, Quantizer, QWeight, TunableWeight, TunableBias)
+    ours += (Prefix,)  # type: ignore[assignment]
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, ours))
     left = []
     for name, module in model.named_modules():

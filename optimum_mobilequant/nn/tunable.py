@@ -127,6 +127,10 @@ class TunableWeight(nn.Module):
         )
         return out.view(self.shape).to(dtype)
 
+    def carry_rows(self, x: Tensor) -> Tensor:
+        """What the transforms at the rows make of a product ``[rows, n]`` that the untouched weight made."""
+        return rescale(x, total(self.rows_log), None)
+
     @torch.no_grad()
     def freeze(self, *, codes: bool = False) -> None:
         """Fix the folded weight, in steps of its scale, for its rounding to be chosen or its scales to be learned.

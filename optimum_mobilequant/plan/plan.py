@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
@@ -66,6 +66,7 @@ class Plan:
         activations: quantizer name -> spec, in the order of the data flow.
         weights: name of the module that owns the weight -> spec.
         moves: tensors that only move data -> the activation (or the int32 accumulator) whose encoding they carry.
+        prefix: ids of the tokens whose keys and values stand in the cache before every text.
     """
 
     family: Family
@@ -73,16 +74,22 @@ class Plan:
     activations: Mapping[str, ActivationSpec]
     weights: Mapping[str, WeightSpec]
     moves: Mapping[str, str]
+    prefix: tuple[int, ...] = ()
 
 
 def build_plan(
-    family: Family, geometry: Geometry, scheme: Scheme, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    family: Family,
+    geometry: Geometry,
+    scheme: Scheme,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    prefix: Sequence[int] = (),
 ) -> Plan:
     """Lay the scheme over the architecture, then apply the overrides.
 
     Args:
         overrides: fnmatch pattern of a module or tensor name -> ``{"bits": 8|16}`` for activations and
             ``{"weight_bits", "weight_symmetric", "weight_granularity"}`` for weights; later patterns win.
+        prefix: ids of the prefix tokens.
 
     Raises:
         ValueError: a pattern matches nothing, or changes a tensor that cannot be changed, or tells a tied head apart
@@ -165,7 +172,7 @@ def build_plan(
             f"{f.head} reads the table of {f.embedding} (tied weights), so the two cannot differ: "
             f"override the weights of both alike"
         )
-    return Plan(family, geometry, activations, weights, moves)
+    return Plan(family, geometry, activations, weights, moves, tuple(prefix))
 
 
 def _refuse_groups(weights: Mapping[str, WeightSpec]) -> None:

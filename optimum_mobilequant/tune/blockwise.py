@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.capture import layer_inputs
+from ..nn.prefix import prepend
 from ..plan import Plan
 from .loop import LearnResult, Loss, learn_end_to_end
 from .objective import normalised_mse
@@ -55,13 +56,15 @@ def learn_blockwise(
 
     started = time.monotonic()
     device = next(student.buffers()).device
+    skip = len(plan.prefix)  # the float layers read its tokens, the student has them in its cache
     batches = [ids.to(device) for ids in train.split(batch_size)]
     held_out = [ids.to(device) for ids in validation.split(batch_size)]
     layers = plan.geometry.layers
     path = plan.family.layer(0)
     learnables.release(student)
     start = validate()
-    float_in, float_options = layer_inputs(teacher, teacher.get_submodule(path), batches + held_out)
+    read = [prepend(ids, plan.prefix) for ids in batches + held_out]
+    float_in, float_options = layer_inputs(teacher, teacher.get_submodule(path), read)
     quant_in, quant_options = layer_inputs(student, student.get_submodule(path), batches + held_out)
     for i in range(layers):
         teacher_layer, layer = (m.get_submodule(plan.family.layer(i)) for m in (teacher, student))
@@ -71,7 +74,7 @@ def learn_blockwise(
         learn_end_to_end(
             learnables,
             student,
-            _block_loss(layer, quant_in, quant_options, target),
+            _block_loss(layer, quant_in, quant_options, [t[:, skip:] for t in target]),
             torch.arange(len(batches)),
             torch.arange(len(batches), len(batches) + len(held_out)),
             steps=steps,

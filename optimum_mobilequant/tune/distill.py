@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import Mode, set_mode
+from ..nn.prefix import logits_behind, prefix_states, prepend
 from ..numerics.recompute import recomputing
 from ..plan import Plan
 from ..settings import Settings
@@ -135,7 +136,9 @@ def make_distillation(
         top_k = plan.geometry.vocabulary
     total = sum(weight for _, weight in teachers)
     # The quantized attention, switched off, shows the float model's scores.
-    reference = build_student(model, plan) if terms.alignment > 0 or terms.token_share < 1 else None
+    reference = None
+    if terms.alignment > 0 or terms.token_share < 1:
+        reference = build_student(model, plan, prefix_states(model, plan.prefix) if plan.prefix else ())
     if reference is not None:
         set_mode(reference, Mode.OFF)
 
@@ -148,7 +151,7 @@ def make_distillation(
             scores = seen["scores"]
         reduced = teacher_dtype != "float32"
         with torch.autocast(ids.device.type, getattr(torch, teacher_dtype), enabled=reduced):
-            return [(t(input_ids=ids, use_cache=False).logits, weight / total) for t, weight in teachers], scores
+            return [(logits_behind(t, plan.prefix, ids), weight / total) for t, weight in teachers], scores
 
     def loss_of(student: nn.Module, ids: Tensor) -> Tensor:
         logits_of_teachers, scores = targets(ids)
@@ -186,7 +189,8 @@ def make_feature_loss(model: nn.Module, plan: Plan, *, teacher_dtype: str = "flo
         reduced = teacher_dtype != "float32"
         autocast = torch.autocast(ids.device.type, getattr(torch, teacher_dtype), enabled=reduced)
         with torch.no_grad(), autocast, _layers(model, plan) as target:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=prepend(ids, plan.prefix), use_cache=False)
+        target = [t[:, len(plan.prefix) :] for t in target]
         with _layers(student, plan) as hidden:
             student(input_ids=ids, use_cache=False)
         return torch.stack([normalised_mse(s, t) for s, t in zip(hidden, target, strict=True)]).mean()

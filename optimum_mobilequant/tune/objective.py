@@ -105,6 +105,7 @@ def make_objective(
     ``"logits_kl"``: :func:`kl_top_k`, on the whole vocabulary where selecting ``top_k`` would cost more than it saves.
     ``"hidden_mse"``: squared error after the last decoder layer, before the final
     norm, the objective of the published method (MobileQuant, section 3.3), here relative to the teacher's mean square.
+    The teacher reads the plan's prefix tokens first; the student has them in its cache.
 
     Args:
         rows, batch_size: sequences on which the teacher is computed once; see :class:`.targets.Targets`.
@@ -113,7 +114,7 @@ def make_objective(
     if plan.geometry.vocabulary <= 4 * top_k:
         top_k = plan.geometry.vocabulary
     place = family.head if name == "logits_kl" else family.final_norm
-    targets = Targets(place, rows, batch_size=batch_size, dtype=teacher_dtype)
+    targets = Targets(place, rows, batch_size=batch_size, dtype=teacher_dtype, prefix=plan.prefix)
 
     def logits_kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
         target = targets(teacher, ids)

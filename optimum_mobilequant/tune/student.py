@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Mode, set_mode, swap
+from ..nn.prefix import TunablePrefix, logits_behind
 from ..nn.tunable import TunableBias, TunableWeight
 from ..plan import Plan
 
@@ -18,18 +20,20 @@ _SAME = 1e-3
 
 
 @torch.no_grad()
-def refuse_different(student: nn.Module, model: nn.Module, ids: Tensor) -> None:
+def refuse_different(student: nn.Module, model: nn.Module, ids: Tensor, prefix: Sequence[int] = ()) -> None:
     """Check that the student, transformed but not rounded, computes what the float model computes.
 
     Args:
         ids: int64 ``[sequences, length]``, on any device.
+        prefix: tokens that the student has in its cache, and the float model reads.
 
     Raises:
         ValueError: the logits differ; the family's entry does not describe this architecture.
     """
     ids = ids.to(next(student.buffers()).device)
     set_mode(student, Mode.OFF)
-    found, expected = (m(input_ids=ids, use_cache=False).logits.float() for m in (student, model))
+    found: Tensor = student(input_ids=ids, use_cache=False).logits.float()
+    expected = logits_behind(model, prefix, ids).float()
     set_mode(student, Mode.QUANTIZE)
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     if not error <= _SAME:
@@ -40,12 +44,19 @@ def refuse_different(student: nn.Module, model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def build_student(model: nn.Module, plan: Plan, *, checkpointing: bool = False) -> nn.Module:
+def build_student(
+    model: nn.Module,
+    plan: Plan,
+    prefix: Sequence[tuple[Tensor, Tensor]] = (),
+    *,
+    checkpointing: bool = False,
+) -> nn.Module:
     """Copy the module tree of ``model`` without its tensors and swap the copy.
 
     The copy costs no memory for weights: tunable weights read the originals. The model itself is left as it is.
 
     Args:
+        prefix: float keys and values of the plan's prefix tokens, layer by layer.
         checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations and rounded
             weights.
     """
@@ -55,6 +66,9 @@ def build_student(model: nn.Module, plan: Plan, *, checkpointing: bool = False) 
     if quantizer is not None:
         shared[id(quantizer)] = quantizer
     student: nn.Module = copy.deepcopy(model, shared)
+    f = plan.family
+    states = {f.layer(i, f.attention): pair for i, pair in enumerate(prefix)}
+    value_path, key_path = (name.removeprefix(f"{f.attention}.") for name in (f.value, f.key_norm or f.key))
     swap(
         student,
         plan,
@@ -64,6 +78,7 @@ def build_student(model: nn.Module, plan: Plan, *, checkpointing: bool = False) 
             offset=plan.family.gain_offset if plan.weights[path].role == "gain" else 0.0,
         ),
         lambda path, bias: TunableBias(bias.detach()),
+        lambda path: TunablePrefix(*states[path], value_path, key_path),
     )
     for module in student.modules():
         if isinstance(module, nn.Dropout):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.prefix import prepend
+
 
 class _Stop(Exception):
     """Ends a forward pass once the wanted tensor is known."""
@@ -45,11 +47,21 @@ class Targets:
         rows: int64 ``[sequences, length]`` each: the sequences to keep. Others are computed whenever asked for.
         batch_size: of the teacher's forward passes on ``rows``.
         dtype: what the teacher computes in, ``"float32"`` or a reduced one (autocast).
+        prefix: tokens that the teacher reads before each sequence; nothing is returned for them.
     """
 
-    def __init__(self, place: str, rows: Sequence[Tensor] = (), *, batch_size: int = 1, dtype: str = "float32"):
+    def __init__(
+        self,
+        place: str,
+        rows: Sequence[Tensor] = (),
+        *,
+        batch_size: int = 1,
+        dtype: str = "float32",
+        prefix: Sequence[int] = (),
+    ):
         self.place = place
         self.dtype = dtype
+        self.prefix = prefix
         self._batches = [batch for part in rows for batch in part.split(batch_size)]
         self._places = {_key(row): (n, at) for n, batch in enumerate(self._batches) for at, row in enumerate(batch)}
         self._kept: dict[int, Tensor] = {}
@@ -67,8 +79,8 @@ class Targets:
 
     def _compute(self, teacher: nn.Module, ids: Tensor) -> Tensor:
         with teacher_arithmetic(ids.device, self.dtype), entering(teacher, self.place, stop=True) as seen:
-            teacher(input_ids=ids, use_cache=False)
-        return seen[0]
+            teacher(input_ids=prepend(ids, self.prefix), use_cache=False)
+        return seen[0][:, len(self.prefix) :]
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def executor_trace(executor):
     executor.forward(ids, trace=trace)
     step = executor.inputs(ids)
     trace |= {"input_ids": ids, "attention_mask": step.visible, "position_cos": step.cos, "position_sin": step.sin}
-    for i, (keys, values) in enumerate(executor.empty_cache(len(ids))):
+    for i, (keys, values) in enumerate(executor.start_cache(len(ids))):
         trace |= {f"past_key_{i}": keys, f"past_value_{i}": values}
     return trace
 

@@ -124,7 +124,7 @@ def test_bad_inputs_are_refused(executor):
     with pytest.raises(ValueError, match="must hold integers"):
         executor.run(ids, **given | {"cos": step.cos.float()})
     with pytest.raises(ValueError, match="cache holds 1 layers"):
-        executor.run(ids, **given, past=executor.empty_cache(2)[:1])
+        executor.run(ids, **given, past=executor.start_cache(2)[:1])
     with pytest.raises(ValueError, match=r"need \[2, 12\]"):
         executor.forward(ids, torch.ones(2, 11))
     with pytest.raises(ValueError, match="reaches position 69"):

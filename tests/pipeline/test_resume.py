@@ -21,9 +21,9 @@ KILLS = {
     "rounding": (
         "best",
         "save_progress:round:1",
-        ["10_calibrate", "20_transform", "30_learn", "35_round.progress"],
+        ["04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round.progress"],
     ),
-    "rounded": ("best", "save:round:1", ["10_calibrate", "20_transform", "30_learn", "35_round"]),
+    "rounded": ("best", "save:round:1", ["04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round"]),
     "smoothed": ("qqq", "save:smooth:1", ["10_calibrate", "15_smooth"]),
     "layers compensated": (
         "qqq",

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ...graph.executor import IntegerExecutor
 from ...graph.inputs import DecoderInputs
+from ..onnx.prefix import prefix_buffers
 from ..source import Source, open_checkpoint
 from .folders import GraphFolder, scratch
 from .samples import sample_inputs
@@ -44,7 +45,8 @@ class Reference:
         return IntegerExecutor(self._source.graph, DecoderInputs(self._source.model))
 
     def samples(self, graphs: Sequence[GraphFolder]) -> dict[str, dict[str, NDArray[np.generic]]]:
-        """Graph -> input -> codes: random tokens with the model's own rotary tables and an empty cache."""
+        """Graph -> input -> codes: random tokens with the model's own rotary tables, and nothing but a prefix in
+        the cache."""
         made = {}
         for graph in graphs:
             path = self._out / f"inputs_{graph.name}.safetensors"
@@ -60,8 +62,11 @@ class Reference:
     def _sample(self, graph: GraphFolder) -> dict[str, NDArray[np.generic]]:
         count = next(tensor.shape[-1] for tensor in graph.inputs if tensor.name == "input_ids")
         ids = np.random.default_rng(_SEED).integers(int(self._source.graph.facts["vocabulary"]), size=count)
-        cos, sin = (table.numpy().astype(np.float64) for table in self._source.rotary_tables(count))
-        return sample_inputs(graph, ids.tolist(), rotary=(cos, sin))
+        graph_of = self._source.graph
+        start = graph_of.prefix_length
+        tables = (table[start:].numpy().astype(np.float64) for table in self._source.rotary_tables(start + count))
+        cos, sin = tables
+        return sample_inputs(graph, ids.tolist(), rotary=(cos, sin), prefix=prefix_buffers(graph_of))
 
     def compare(self, graph: GraphFolder, inputs: Mapping[str, NDArray[np.generic]], outputs: Path) -> dict[str, Any]:
         """Logits from the device against the executor's on the same tokens.

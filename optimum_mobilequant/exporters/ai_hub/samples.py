@@ -1,4 +1,5 @@
-"""Integer inputs for one run of each graph on the device: the first tokens of a text, with nothing in the cache."""
+"""Integer inputs for one run of each graph on the device: the first tokens of a text, with nothing in the cache
+but a prefix."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ Table = NDArray[np.float64]
 
 
 def sample_inputs(
-    graph: GraphFolder, token_ids: Sequence[int] = (1,), *, rotary: tuple[Table, Table] | None = None
+    graph: GraphFolder,
+    token_ids: Sequence[int] = (1,),
+    *,
+    rotary: tuple[Table, Table] | None = None,
+    prefix: Mapping[str, NDArray[np.generic]] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
     """Codes for every input of ``graph``, in its order.
 
@@ -25,7 +30,9 @@ def sample_inputs(
             past and new tokens, ``position_ids_cos`` and ``position_ids_sin`` ``[1, 1, S, rotary / 2]``,
             ``past_key_<layer>_in`` and ``past_value_<layer>_in``.
         token_ids: repeated or cut to S tokens.
-        rotary: cos and sin of positions 0 to S - 1, each ``[S, rotary / 2]``.
+        rotary: cos and sin of the tokens' positions, each ``[S, rotary / 2]``.
+        prefix: codes that the first places of the cache hold, of :func:`~..prefix.prefix_buffers`; None for an empty
+            cache.
 
     Returns:
         Arrays of the shapes and integer types of ``graph.inputs``.
@@ -45,7 +52,16 @@ def sample_inputs(
         table = tables.get(tensor.name)
         real = rule(tensor.shape) if table is None else np.broadcast_to(table, tensor.shape)
         feeds[tensor.name] = _codes(tensor, real)
+    for name, codes in (prefix or {}).items():
+        places = tuple(slice(size) for size in codes.shape)
+        feeds[name][places] = codes
+        length = codes.shape[3 if "key" in name else 2]
+        feeds["attention_mask"][..., :length] = _codes(_tensor(graph, "attention_mask"), np.zeros(()))
     return feeds
+
+
+def _tensor(graph: GraphFolder, name: str) -> IOTensor:
+    return next(tensor for tensor in graph.inputs if tensor.name == name)
 
 
 def digest_of(feeds: Mapping[str, NDArray[np.generic]]) -> str:

@@ -60,6 +60,9 @@ class OnnxModel:
         self.context, self.chunk = int(self.about["context"]), int(self.about["prompt_length"])
         self.sessions = {n: session(folder / self.about["graphs"][n]["file"]) for n in (PROMPT, TOKEN)}
         self.rotary = load_file(folder / self.about["rotary"])
+        stated = self.about.get("prefix")
+        self.prefix = {} if stated is None else load_file(folder / stated["file"])
+        self.prefix_length = 0 if stated is None else int(stated["length"])
         self.reset()
 
     @property
@@ -72,13 +75,16 @@ class OnnxModel:
         return Encoding(scale, zero_point, Grid(port["bits"], signed=False))
 
     def reset(self) -> None:
-        """Forget all tokens."""
-        self.filled = 0
+        """Forget all tokens; a prefix stays in the first slots of the cache."""
+        self.filled = self.prefix_length
         self.cache = {}
         for name, port in self.about["graphs"][TOKEN]["inputs"].items():
             if name.startswith("past_"):
                 zero = 0 if port["type"] == "float" else port["zero_point"]
                 self.cache[name] = np.full(port["shape"], zero, _TYPES[port["type"]])
+                if name in self.prefix:
+                    part = (..., slice(self.filled)) if "key" in name else (..., slice(self.filled), slice(None))
+                    self.cache[name][part] = self.prefix[name]
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.generic]:
         """Read new tokens and write their keys and values into the cache.

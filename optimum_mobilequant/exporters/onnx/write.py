@@ -17,6 +17,7 @@ from ..options import ExportOptions, ExportResult
 from ..source import Source, open_checkpoint
 from .emit import NODE_SOURCE, Emitted, emit
 from .form import Form, Layout
+from .prefix import write_prefix
 from .store import Array, WeightStore
 from .types import FLOAT_HIDDEN, code_array, limits
 
@@ -73,9 +74,10 @@ def write_graphs(source: Source, out: Path, options: ExportOptions, form: Form) 
 
 
 def write_callers_files(source: Source, out: Path, options: ExportOptions, emitted: dict[str, Emitted]) -> None:
-    """``graphs.json`` (inputs and outputs), ``names.json`` (tensor -> tensor and operation of the integer graph) and
-    ``rotary.safetensors`` (cos and sin of every position, as the graphs' inputs want them)."""
-    described = {
+    """``graphs.json`` (inputs and outputs), ``names.json`` (tensor -> tensor and operation of the integer graph),
+    ``rotary.safetensors`` (cos and sin of every position, as the graphs' inputs want them) and, for a checkpoint with
+    a prefix, ``prefix.safetensors`` (what the first slots of the cache hold from the start)."""
+    described: dict[str, Any] = {
         "context": options.context,
         "prompt_length": options.prompt_length,
         "weights": WEIGHTS,
@@ -90,6 +92,8 @@ def write_callers_files(source: Source, out: Path, options: ExportOptions, emitt
             for name, graph in emitted.items()
         },
     }
+    if (prefix := write_prefix(source.graph, out, floats=not options.integer_io)) is not None:
+        described["prefix"] = prefix
     write_json(out / GRAPHS, described)
     graph = emitted[PROMPT]
     owner = {n.output[0]: p.value for n in graph.model.graph.node for p in n.metadata_props if p.key == NODE_SOURCE}

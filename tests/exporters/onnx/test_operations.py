@@ -47,7 +47,7 @@ def test_each_operation_makes_the_executors_codes(variant, preset, tmp_path):
     ids, found = codes_of_all_tensors(source, tmp_path)
     step = DecoderInputs(source.model)(ids)
     values = {"input_ids": ids, "attention_mask": step.visible, "position_cos": step.cos, "position_sin": step.sin}
-    for i, (keys, held) in enumerate(executor.empty_cache(1)):
+    for i, (keys, held) in enumerate(executor.start_cache(1)):
         values |= {f"past_key_{i}": keys, f"past_value_{i}": held}
     compared = 0
     for op in graph.ops:
