@@ -69,7 +69,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         magr: reduce the largest weight of each row before ``"gptq"`` or ``"qronos"``.
         rounding_damping: share of the mean of the Hessian's diagonal that these two add to it, in (0, 1].
         rounding_act_order: round the columns with the largest inputs first. rounding_block: columns at a time.
-        lr_transforms, lr_clips, lr_ranges, lr_offsets, lr_gains, lr_finetune: learning rates.
+        lr_transforms, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
         finetune: what is trained behind the rounding: ``"none"``, ``"scales"`` (row scales, activation ranges, norm
             gains and biases, the integers of the matrices frozen) or ``"qad"`` (the weights as well, by low-rank

@@ -63,7 +63,7 @@ def test_a_public_name_is_in_the_reference_with_all_its_parameters(name):
     what = getattr(optimum_mobilequant, name)
     assert f"::: {what.__module__}.{what.__name__}\n" in (DOCS / "api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^ +(\w+(?:, \w+)*):", what.__doc__, re.MULTILINE))
-    documented |= set(re.findall(r"\. (\w+(?:, \w+)*):", what.__doc__))
+    documented |= set(re.findall(r"[.;] (\w+(?:, \w+)*):", what.__doc__))
     names = {part for group in documented for part in group.split(", ")}
     missing = set(inspect.signature(what).parameters) - names - {"_"}
     assert not missing, f"{name}: {sorted(missing)} not documented"
