@@ -1,18 +1,17 @@
-"""Registers the method with transformers at the moment transformers' model code is loaded.
+"""Registers the method with transformers at the moment transformers' own table of methods is loaded.
 
-Registering at once would import ``transformers.modeling_utils`` and torch, seconds of work that ``mobilequant --help``
-or a script that only reads a config does not need. Nothing can be loaded without that module, so registering when it
-has just been executed is early enough. The means is the import system's own: a finder on ``sys.meta_path`` that
-answers for this one module and hands everything else on.
+Registering at once would import ``transformers.quantizers`` and torch, seconds of work that ``mobilequant --help`` or
+a script that only reads a config does not need. Everything that looks a method up goes through that module, so
+registering when it has just been executed is early enough. The means is the import system's own: a finder on
+``sys.meta_path`` that answers for this one module and hands everything else on.
 
-A module of this package may be the one that loads transformers' model code, and is then half imported itself. So what
-is registered at that moment must not import it again: the config, which needs no model code, and a class that stands
-for the quantizer until one is made.
+A module of this package may be the one that loads it, with transformers' model code, and is then half imported itself.
+So what is registered at that moment must not import it again: the config, which needs no model code, and a class that
+stands for the quantizer until one is made.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -21,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 METHOD = "mobilequant"
-MODULE = "transformers.modeling_utils"
+MODULE = "transformers.quantizers.auto"
 
 
 def register_when_loaded() -> None:
@@ -63,8 +62,10 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != MODULE:
             return None
-        sys.meta_path.remove(self)  # its work is done, and the search below must not come back here
-        spec = importlib.util.find_spec(fullname)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
+        # looking for the module is not loading it: this finder stays until the loader below has run
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
@@ -83,4 +84,5 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         _register()

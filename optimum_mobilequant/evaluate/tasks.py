@@ -1,0 +1,151 @@
+"""Downstream tasks through lm-eval's own HFLM and task manager, from the Hub or from a folder of local files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..lookup import unknown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What lm-eval measured, and how.
+
+    Attributes:
+        scores: task -> metric (as lm-eval names it, filters other than "none" behind a comma) -> value.
+        errors: the same for standard errors, where lm-eval gives one.
+        versions: of the tasks. shots: examples in the prompt, by task.
+        bos: whether a beginning-of-sequence token was added; "auto" left it to lm-eval and the tokenizer.
+        limit: documents of each task, or None for all. seed: of few-shot sampling.
+        packages: versions of lm-eval and transformers.
+    """
+
+    scores: Mapping[str, Mapping[str, float]]
+    errors: Mapping[str, Mapping[str, float]]
+    versions: Mapping[str, Any]
+    shots: Mapping[str, int]
+    bos: bool | str
+    limit: int | None
+    seed: int
+    packages: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return asdict(self)
+
+
+def check_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
+    """lm-eval's task manager, once every name is known to it.
+
+    Args:
+        names: tasks, groups or tags. folder: of task YAMLs, searched before lm-eval's own.
+
+    Raises:
+        ImportError: lm-eval is missing. FileNotFoundError: no such folder, or none with a YAML file.
+        ValueError: no or an unknown task; names the nearest.
+    """
+    if find_spec("lm_eval") is None:
+        raise ImportError('tasks need lm-eval: pip install "optimum-mobilequant[eval]"')
+    if folder is not None and not (folder.is_dir() and any(folder.rglob("*.y*ml"))):
+        raise FileNotFoundError(f"no folder with task YAMLs at {str(folder)!r}: see the template in the documentation")
+    if not names:
+        raise ValueError("no task is named: give at least one")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    for name in names:
+        if name not in manager.all_tasks:
+            near = unknown_name("task", name, manager.all_tasks).partition(" known:")[0]
+            raise ValueError(f"{near} `lm-eval ls tasks` lists all, --task-dir adds a folder of yours")
+    return manager
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    bos: bool | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> TaskScores:
+    """Score a float or quantized model on tasks of lm-eval.
+
+    Args:
+        model, tokenizer: as loaded by transformers; the model stays as it is.
+        tasks: names of tasks, groups or tags. folder: of further task YAMLs.
+        limit: only the first documents of each task. shots: examples in the prompt; None takes each task's own.
+        bos: add the beginning-of-sequence token; None leaves it to lm-eval, which follows the tokenizer.
+        batch_size: requests at a time. seed: of few-shot sampling.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: see :func:`check_tasks`.
+        ConnectionError: a task's data are on the Hub, which cannot be reached.
+    """
+    manager = check_tasks(tasks, folder)
+    import lm_eval
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from lm_eval.models.huggingface import HFLM
+
+    # HFLM insists on a device of its own for a model it is given only where it moves inputs
+    harness = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        add_bos_token=bos,
+        device=str(model.device),
+    )
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    try:
+        found = lm_eval.simple_evaluate(
+            harness, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, bootstrap_iters=0,
+            log_samples=False, **seeds,
+        )  # fmt: skip
+    except (ConnectionError, OfflineModeIsEnabled, DatasetNotFoundError, HfHubHTTPError) as error:
+        offline = " (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set)" if _offline() else ""
+        raise ConnectionError(
+            f"the data of {', '.join(tasks)} could not be fetched{offline}: {error}. Load them once with a network, "
+            "or use tasks with local data (--task-dir)"
+        ) from error
+    if found is None:
+        raise RuntimeError("lm-eval returned no result: it runs on the first process only")
+    return _scores(found, "auto" if bos is None else bos, limit, seed)
+
+
+def _offline() -> bool:
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+
+
+def _scores(found: Mapping[str, Any], bos: bool | str, limit: int | None, seed: int) -> TaskScores:
+    scores: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for task, row in found["results"].items():
+        for key, value in row.items():
+            metric, _, chosen = key.partition(",")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not chosen:
+                continue
+            table, name = (errors, metric.removesuffix("_stderr")) if metric.endswith("_stderr") else (scores, metric)
+            table.setdefault(task, {})[name if chosen == "none" else f"{name},{chosen}"] = float(value)
+    return TaskScores(
+        scores,
+        errors,
+        {task: found["versions"].get(task) for task in scores},
+        {task: int(found.get("n-shot", {}).get(task, 0)) for task in scores},
+        bos,
+        limit,
+        seed,
+        {"lm-eval": version("lm-eval"), "transformers": version("transformers")},
+    )
