@@ -35,6 +35,7 @@ EXTRAS = {
     "gpu": ("triton",),
     "ai-hub": ("onnx", "qai-hub"),
     "plots": ("matplotlib",),
+    "docs": ("mkdocs", "mkdocs-material", "mkdocstrings"),
     "crosscheck": (
         "onnx",
         "onnxruntime",

@@ -184,7 +184,7 @@ def prefill_kernel(
         channels = (within // width) * BLOCK_N + tl.arange(0, BLOCK_N)
         sums = accumulate(
             x, weight, groups, tl.minimum(rows, in_rows - 1), channels, 0, blocks, in_features, stride, BITS, BLOCK,
-            GROUPED, SHIFTED, WHOLE, BLOCK_N, BLOCK_M, "evict_last",
+            GROUPED, SHIFTED, WHOLE, BLOCK_N, BLOCK_M, "",
         )  # fmt: skip
         store_tile(
             sums, out, bias, multiplier, zeros, row_sums, rows, channels, in_rows, out_features, zero_point, qmax,

@@ -138,7 +138,7 @@ def real_prefill_kernel(
         channels = (within // width) * BLOCK_N + tl.arange(0, BLOCK_N)
         total = accumulate_real(
             x, weight, scale, offset, sums, tl.minimum(rows, in_rows - 1), channels, 0, blocks, in_rows, in_features,
-            stride, BLOCK, GROUPED, OFFSET, E0M4, WHOLE, BLOCK_N, BLOCK_M, "evict_last",
+            stride, BLOCK, GROUPED, OFFSET, E0M4, WHOLE, BLOCK_N, BLOCK_M, "",
         )  # fmt: skip
         store_real(
             total, out, scale, offset, sums, bias, rows, channels, in_rows, out_features, GROUPED, OFFSET, BIAS

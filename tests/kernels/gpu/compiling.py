@@ -61,12 +61,19 @@ def compile_kernel(kernel, constants, types, arch, config, block=128):
     return Compiled(found.asm["ptx"], found.asm["sass"], found.metadata.shared)
 
 
-def compile_row(arch, kind, config, *, output=epilogue.CODES, zeros=False, dtype="bf16", e0m4=False):
-    """The kernel that a row of the table leads to."""
+def compile_row(arch, kind, config, *, output=epilogue.CODES, zeros=False, dtype="bf16", e0m4=False, ones=()):
+    """The kernel that a row of the table leads to. ``ones``: arguments that are 1, which Triton makes constants."""
     grouped = kind.endswith("groups")
     block = 256 if grouped else 128  # groups of 128
-    shape = {"BLOCK": block, "GROUPED": grouped, "WHOLE": True, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m}
+    shape = {
+        "BLOCK": block,
+        "GROUPED": grouped,
+        "WHOLE": not ones,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+    }
     kernel_constants = {"SPLIT": config.parts > 1} if config.parts else {"BAND": 8}
+    kernel_constants |= dict.fromkeys(ones, 1)
     if kind in ("w4", "w4-groups"):
         kernel = real_product.real_decode_kernel if config.parts else real_product.real_prefill_kernel
         types = {

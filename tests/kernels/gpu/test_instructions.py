@@ -63,3 +63,11 @@ def test_small_kernels():
     }  # fmt: skip
     constants = {"ZEROS": True, "KIND": epilogue.CODES, "COLUMNS": 256}
     assert compile_kernel(product.finish_wide_kernel, constants, types, "sm80", config).spills == 0
+
+
+@pytest.mark.parametrize("row", [0, -1])
+@pytest.mark.parametrize("kind", ["w4a8", "w4"])
+def test_sizes_of_1_compile(kind, row):
+    config = configs.TABLE["sm80"][kind][row].config
+    ones = ["in_rows", "out_features", "in_features", "blocks"] + (["blocks_per_part"] if config.parts else [])
+    assert compile_row("sm80", kind, config, zeros=True, ones=ones).products
