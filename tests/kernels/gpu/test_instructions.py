@@ -71,3 +71,14 @@ def test_sizes_of_1_compile(kind, row):
     config = configs.TABLE["sm80"][kind][row].config
     ones = ["in_rows", "out_features", "in_features", "blocks"] + (["blocks_per_part"] if config.parts else [])
     assert compile_row("sm80", kind, config, zeros=True, ones=ones).products
+
+
+def test_parts_are_written_before_they_are_counted_and_read_after():
+    """Store, barrier, count with acquire and release, barrier, loads past the first-level cache."""
+    found = compile_row("sm80", "w4a8", configs.TABLE["sm80"]["w4a8"][0].config)
+    events = re.findall(r"st\.global|bar\.sync|atom\S*acq_rel\.add|ld\.global\.cg", found.ptx)
+    count = events.index("atom.global.gpu.acq_rel.add")
+    assert events.count("atom.global.gpu.acq_rel.add") == 1
+    assert "st.global" in events[:count] and events[count - 1] == "bar.sync" and "ld.global.cg" not in events[:count]
+    after = events[count + 1 :]
+    assert after[0] == "bar.sync" and "ld.global.cg" in after
