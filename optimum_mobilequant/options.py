@@ -79,13 +79,13 @@ def _token_ids(value: list[Any]) -> bool:
 # (fields, test, what the value must be); None is checked for nowhere else and always passes
 _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
-        ("samples", "batch_size", "top_k", "rounding_block", "adapter_rank", "finetune_samples"),
+        ("samples", "batch_size", "top_k", "rounding_block", "finetune_samples"),
         whole(1),
         "a whole number from 1",
     ),
     (("seq_len",), whole(2), "a whole number from 2"),
     (
-        ("steps", "rounding_steps", "finetune_steps", "feature_steps", "seed"),
+        ("steps", "rounding_steps", "finetune_steps", "feature_steps", "adapter_rank", "seed"),
         whole(0),
         "a whole number from 0",
     ),

@@ -235,6 +235,7 @@ def finetune(model: nn.Module, student: nn.Module, learnables: Learnables, job: 
             steps=steps,
             rates=job.finetune_rates,
             seed=s.seed + 2 + number,
+            warmup=steps // 10,
         )
     result.start = start  # steps on hidden states may have cost more than those on logits brought back
     result.refuse_if_worse()
@@ -252,6 +253,7 @@ def train_stage(
     steps: int,
     rates: dict[str, float],
     seed: int,
+    warmup: int = 0,
 ) -> LearnResult:
     """Train ``parameters`` end to end on ``ids``, or take what the run's folder holds of that stage."""
     if (kept := job.run.load(stage)) is not None:
@@ -272,6 +274,7 @@ def train_stage(
             resume=job.run.load_progress(stage),
             snapshot=lambda tensors, meta: job.run.save_progress(stage, tensors, meta),
             description=stage,
+            warmup=warmup,
         )
     job.run.save(stage, parameters.state_dict(), vars(result))
     parameters.release(student)

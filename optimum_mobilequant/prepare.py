@@ -130,14 +130,15 @@ class Prepared:
 
     @property
     def finetune_rates(self) -> dict[str, float]:
-        """As :attr:`rates`, while fine-tuning; ``adapters`` have no parameters where the integers are frozen."""
+        """As :attr:`rates`, while fine-tuning; where the integers are frozen, the first two have no parameters."""
         s = self.settings
         return {
             "adapters": s.lr_adapters,
-            "gains": s.lr_gains,
+            "offsets": s.lr_offsets,
+            "gains": s.lr_finetune,
             "norms": s.lr_finetune,
             "biases": s.lr_finetune,
-            "ranges": s.lr_ranges / 3 if s.finetune_ranges else 0.0,
+            "ranges": s.lr_ranges if s.finetune_ranges else 0.0,
         }
 
     def repeated(self, steps: int) -> list[Tensor]:

@@ -48,9 +48,10 @@ class Recipe:
             ranges move on at ``lr_ranges / 3``.
         top_k: teacher logits per token that enter ``logits_kl`` one by one; the rest is one bucket.
         finetune: what is trained behind the rounding: nothing, all but the integers, or these too (distillation).
-        adapter_rank, lr_adapters: of the low-rank offsets of ``"qad"``, in steps of the grid.
-        lr_finetune: of norm gains (logarithms) and biases (255ths of the range of what they are added to) while
-            fine-tuning; rows' scales move at ``lr_gains``, activation ranges at ``lr_ranges / 3``.
+        adapter_rank, lr_adapters: of the low-rank offsets of ``"qad"``, in steps of the grid; rank 0 gives each weight
+            an offset of its own, which moves at ``lr_offsets``.
+        lr_finetune: of rows' scales and norm gains (logarithms) and of biases (255ths of the range of what they are
+            added to) while fine-tuning; activation ranges move at ``lr_ranges``.
         cross_entropy, temperature, attention_alignment, attention_entropy, token_share: see ``tune.distill.Terms``.
         feature_steps: optimiser steps of ``"qad"`` on hidden states, before those on logits.
         prefix: tokens kept in the cache before every text: ``"auto"`` where the model has massive activations, or
@@ -83,8 +84,8 @@ class Recipe:
     top_k: int = 1024
     finetune: str = "none"
     adapter_rank: int = 32
-    lr_adapters: float = 1e-3
-    lr_finetune: float = 1e-3
+    lr_adapters: float = 2e-3
+    lr_finetune: float = 3e-3
     cross_entropy: float = 0.0
     temperature: float = 1.0
     attention_alignment: float = 0.0
@@ -209,7 +210,7 @@ RECIPES: dict[str, Recipe] = _table(
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0, 0),
     Effort("light", "a first look", 128, 256, 8, 60, 60, 20, finetune_steps=60, finetune_samples=256),
-    Effort("default", "the usual trade", 320, 256, 8, 200, 200, 25, finetune_steps=400),
+    Effort("default", "the usual trade", 320, 256, 8, 200, 200, 25, finetune_steps=200),
     Effort(
         "best",
         "when the result matters more than the wait",
@@ -219,7 +220,7 @@ EFFORTS: dict[str, Effort] = _table(
         2000,
         2000,
         100,
-        finetune_steps=6000,
+        finetune_steps=4000,
         finetune_samples=4096,
     ),
 )

@@ -79,7 +79,7 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
             )
         values["rounding"] = "nearest"
     if values["rounding"] != "learned":
-        only = ("rounding_steps", "lr_offsets") + (("lr_gains",) if values["finetune"] == "none" else ())
+        only = ("rounding_steps", "lr_gains") + (() if values["finetune"] == "qad" else ("lr_offsets",))
         if ignored := [name for name in only if asked.get(name)]:
             how = "to nearest" if values["rounding"] == "nearest" else f"by {values['rounding']}"
             raise ValueError(

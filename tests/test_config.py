@@ -201,7 +201,7 @@ def test_update_sets_all_or_nothing():
         ({"overrides": {"*.up_proj": {"weight_symmetric": 1}}}, r"must be one of \(True, False\)"),
         ({"overrides": {"*.up_proj": {}}}, "overrides maps patterns"),
         ({"finetune": "scale"}, 'finetune "scale" is unknown; did you mean "scales"'),
-        ({"recipe": "qad", "adapter_rank": 0}, "adapter_rank must be a whole number from 1"),
+        ({"recipe": "qad", "adapter_rank": -1}, "adapter_rank must be a whole number from 0"),
         ({"recipe": "qad", "token_share": 0}, r"token_share must be a number in \(0, 1\]"),
         ({"recipe": "qad", "temperature": 0}, "temperature must be a number"),
         ({"recipe": "qad", "cross_entropy": 1.5}, "cross_entropy must be a number"),
@@ -239,6 +239,7 @@ def test_bad_values_are_refused_by_name(options, message):
         ({"recipe": "qad", "finetune_samples": 5}, "belongs to finetune_dataset, which is not set"),
         ({"recipe": "qad", "finetune_split": "train"}, "belongs to finetune_dataset, which is not set"),
         ({"finetune": "scales", "adapter_rank": 4}, 'leaves the integers as they are; set finetune="qad"'),
+        ({"finetune": "scales", "lr_offsets": 0.1}, 'lr_offsets=0.1 .* set rounding="learned"'),
         ({"finetune": "scales", "finetune_steps": 0}, "finetune_steps=0 runs no step of it"),
         ({"finetune": "qad", "effort": "none"}, 'effort="none" runs no step of it'),
     ],
@@ -271,9 +272,11 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
 
 def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_fixed():
     scales = {"recipe": "rtn", "finetune": "scales"}
-    settings = MobileQuantConfig(**scales, lr_gains=2e-3).resolve()
+    settings = MobileQuantConfig(**scales, lr_finetune=2e-3).resolve()
     assert (settings.finetune_ranges, settings.learn_ranges, settings.steps) == (True, False, 0)
     assert settings.eval_every == EFFORTS["default"].eval_every
+    every = MobileQuantConfig(recipe="rtn", finetune="qad", adapter_rank=0, lr_offsets=0.02).resolve()
+    assert (every.adapter_rank, every.lr_offsets, every.rounding) == (0, 0.02, "nearest")
     assert MobileQuantConfig(**scales, learn_ranges=False).resolve().finetune_ranges is False
     assert MobileQuantConfig("w4a8").resolve().finetune_ranges is False
     none = MobileQuantConfig(recipe="qad", effort="none").resolve()

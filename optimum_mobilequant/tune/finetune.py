@@ -1,9 +1,13 @@
 """Fine-tuning of a rounded student: scales, ranges, norm gains and biases, and with a rank the weights as well.
 
 With ``rank=None`` the integers of all matrices stay what they are; what moves is what multiplies or shifts them.
-With a rank every projection gets a low-rank offset inside its rounding, ``round(W / s + A B)`` (LR-QAT, Bondarenko et
-al. 2024, equation 5): quantization-aware training of every weight for the memory of two thin matrices, of which
-nothing is left at run time.
+With a rank every projection gets a low-rank offset inside its rounding, ``round(c + A B)`` (LR-QAT, Bondarenko et al.
+2024): quantization-aware training of every weight for the memory of two thin matrices, of which nothing is left at run
+time. With ``rank=0`` every weight has an offset of its own, for the memory of learned rounding.
+
+LR-QAT starts from the float weight W / s. Here c is the integer that the rounding stage chose: many of its weights lie
+at the border of two codes, where the first noisy step would flip them; from the middle of a code only gradients that
+agree over many steps move it.
 """
 
 from __future__ import annotations
@@ -27,11 +31,12 @@ class Finetune(nn.Module):
 
     Args:
         learnables: of the tuning stage; its ranges go on being learned here.
-        rank: of the offsets of the projections; None fixes their integers.
+        rank: of the offsets of the projections; 0 gives each weight its own, None fixes the integers.
         seed: of the start of the offsets' right factors; the left ones start at 0, so that nothing changes at first.
 
     Attributes:
         left, right: by projection, ``[out, rank]`` and ``[rank, in]``; empty without a rank.
+        offsets: by projection, ``[out, in]``, with ``rank=0``.
         gains: by projection, ``[out, 1]``, logarithm of a change of the row's scale.
         norms: by norm, ``[n]``, logarithm of a change of its gain.
         biases: by module with a bias, ``[n]``, in 255ths of the range of the module's output.
@@ -44,18 +49,22 @@ class Finetune(nn.Module):
         self.ranges = learnables.ranges
         self.left = nn.ParameterDict()
         self.right = nn.ParameterDict()
+        self.offsets = nn.ParameterDict()
         self.gains = nn.ParameterDict()
         self.norms = nn.ParameterDict()
         self.biases = nn.ParameterDict()
         generator = torch.Generator().manual_seed(seed)
         for name, weight in learnables.projections():
             key = _key(name)
-            weight.freeze(codes=rank is None)
+            weight.freeze(codes=True)
             device = weight.source.device
             rows, columns = weight.shape
             self.gains[key] = nn.Parameter(torch.zeros(rows, 1, device=device))
             weight.gain_log = self.gains[key]
-            if rank is not None:
+            if rank == 0:
+                self.offsets[key] = nn.Parameter(torch.zeros(rows, columns, device=device))
+                weight.offset_steps = self.offsets[key]
+            elif rank is not None:
                 self.left[key] = nn.Parameter(torch.zeros(rows, rank, device=device))
                 self.right[key] = nn.Parameter(torch.randn(rank, columns, generator=generator).to(device))
                 weight.low_rank = LowRank(self.left[key], self.right[key], 1.0)
@@ -79,9 +88,10 @@ class Finetune(nn.Module):
         self.learnables.release(student)
 
     def groups(self, rates: Mapping[str, float], prefix: str = "") -> list[dict[str, object]]:
-        """Optimizer groups ``adapters``, ``gains``, ``norms``, ``biases`` and ``ranges`` of those with a rate."""
+        """Optimizer groups of the parts (adapters, offsets, gains, norms, biases, ranges) with a rate above 0."""
         parts = {
             "adapters": [*self.left.values(), *self.right.values()],
+            "offsets": list(self.offsets.values()),
             "gains": list(self.gains.values()),
             "norms": list(self.norms.values()),
             "biases": list(self.biases.values()),

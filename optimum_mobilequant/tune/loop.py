@@ -81,6 +81,7 @@ def learn_end_to_end(
     snapshot: Snapshot | None = None,
     prefix: str = "",
     description: str = "learn",
+    warmup: int = 0,
 ) -> LearnResult:
     """Minimise ``loss_of`` with AdamW; leave the best validated parameters in ``learnables``.
 
@@ -92,6 +93,8 @@ def learn_end_to_end(
         train, validation: int64 ``[sequences, length]``.
         eval_every: steps between validations; a snapshot is taken at each.
         rates: start rates of the groups of ``learnables`` (0 freezes a group).
+        warmup: steps over which the rates rise from 0, for a start that is good already: Adam's first steps move every
+            parameter by its whole rate, however small the gradient.
         prefix: train only the parameters of modules below this path (block-wise tuning).
 
     Raises:
@@ -119,10 +122,12 @@ def learn_end_to_end(
                disable=not logging.is_progress_bar_enabled())  # fmt: skip
     with torch.enable_grad():
         for step in bar:
-            progress = step / steps
+            progress, rise = step / steps, min(1.0, (step + 1) / (warmup + 1))
             for group in optimizer.param_groups:
-                group["lr"] = rates[group["name"]] * (
-                    FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+                group["lr"] = (
+                    rates[group["name"]]
+                    * rise
+                    * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
                 )
             ids = train[batch_index(len(train), batch_size, step, seed)].to(device)
             learnables.bind(student)

@@ -11,7 +11,7 @@ from optimum_mobilequant.plan import WeightRule, WeightSpec
 from optimum_mobilequant.tune import Finetune, Learnables, Rounding, build_student
 from tests.tiny import build, config, plan_of, probe_ids, token_ids
 
-RATES = {"adapters": 1e-3, "gains": 1e-3, "norms": 1e-3, "biases": 1e-3, "ranges": 1e-3}
+RATES = {"adapters": 1e-3, "offsets": 1e-2, "gains": 1e-3, "norms": 1e-3, "biases": 1e-3, "ranges": 1e-3}
 
 
 def weight_of(rows=6, columns=10, bits=4):
@@ -78,7 +78,7 @@ def test_freezing_again_keeps_codes_and_scale_that_rounding_learned():
     assert torch.allclose(weight(), codes.float() * scale)
 
 
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("rank", [None, 0, 3])
 def test_nothing_changes_before_the_first_step(rank):
     ids = probe_ids()
     for variant in ("llama-bias", "qwen3", "gemma", "stablelm"):
@@ -96,12 +96,12 @@ def test_nothing_changes_before_the_first_step(rank):
             assert torch.equal(student(input_ids=ids, use_cache=False).logits, before), variant
 
 
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("rank", [None, 0, 3])
 @pytest.mark.parametrize("variant", ["llama-bias", "stablelm"])
 def test_gradients_reach_every_learned_parameter_and_no_other(rank, variant):
     model, student, _, tuned = student_of(variant, rank)
     groups = {g["name"]: g["params"] for g in tuned.groups(RATES)}
-    assert set(groups) == {"gains", "norms", "biases", "ranges"} | ({"adapters"} if rank else set())
+    assert set(groups) == {"gains", "norms", "biases", "ranges"} | {None: set(), 0: {"offsets"}, 3: {"adapters"}}[rank]
     tuned.bind(student)
     with torch.enable_grad():
         student(input_ids=probe_ids(), use_cache=False).logits.square().mean().backward()
@@ -160,7 +160,7 @@ def test_scales_leaves_every_integer_of_a_matrix_alone_and_lowers_the_loss(round
 
 def test_qad_moves_integers_and_lowers_the_loss():
     before = run()
-    qad = run(finetune="qad", finetune_steps=30, adapter_rank=4, lr_adapters=3e-3)
+    qad = run(finetune="qad", finetune_steps=30, adapter_rank=4, lr_adapters=3e-2)
     old, new = matrices(before), matrices(qad)
     assert sum(int((old[name][0] != new[name][0]).sum()) for name in old) > 0
     assert all(torch.equal(old[n][0], new[n][0]) for n in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -185,3 +185,15 @@ def test_grid_of_a_frozen_weight_is_that_of_its_spec():
     weight = weight_of(bits=8)
     weight.freeze(codes=True)
     assert weight.codes()[0].dtype == Grid(8, signed=True).dtype
+
+
+def test_rank_0_moves_single_weights_by_whole_steps():
+    _, _, learnables, tuned = student_of(rank=0)
+    name, weight = learnables.projections()[0]
+    before = weight.codes()[0].clone()
+    with torch.no_grad():
+        tuned.offsets[name.replace(".", "/")][0, :2] = torch.tensor([0.4, -0.6])
+    moved = (weight.codes()[0] - before).to(torch.int32)
+    assert int(moved[0, 1]) == (-1 if int(before[0, 1]) > -8 else 0)
+    moved[0, 1] = 0
+    assert not moved.any()
