@@ -67,6 +67,7 @@ CASES = (
     Case("qad", "w4a8", {"recipe": "qad"}),
     Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
+    Case("rtn, self-written text", "w8a8", {"recipe": "rtn", "dataset": "self"}),
 )  # fmt: skip
 
 

@@ -42,6 +42,11 @@ def memory_estimate(plan: Plan, settings: Settings) -> int:
     activations = tokens * (layers + 5 * g.vocabulary)
     # Learned rounding: the weight in steps, its offset, running mean, best state, two moments and the gradient.
     offsets = 7 * layer * g.layers if settings.rounding_steps else 0
+    if settings.finetune_steps:  # the integers; with rank 0 as above, else the same of two thin matrices
+        widths = 2 * g.head_dim * (g.heads + g.kv_heads) + 4 * g.hidden + 3 * (g.hidden + g.mlp)
+        rank = settings.adapter_rank if settings.finetune == "qad" else None
+        learned = {None: 0, 0: 6 * layer}.get(rank, layer + 6 * (rank or 0) * widths)
+        offsets = max(offsets, (layer + learned) * g.layers)
     return 4 * (layer * (g.layers + 3) + 2 * embedding + activations + offsets + compensated)
 
 
