@@ -75,11 +75,12 @@ def alignment_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
     them together. Hidden positions, of which no attention reads the scores, are left out.
 
     Args:
-        student, teacher: by layer, scores ``[batch, heads, length, length]``.
+        student, teacher: by layer, scores ``[batch, heads, queries, keys]``.
     """
     losses = []
     for s, t in zip(student, teacher, strict=True):
-        s, t = (scores.float().tril().flatten(2) for scores in (s, t))
+        # Keys of a prefix stand before the first query and are visible to all.
+        s, t = (x.float().tril(x.shape[-1] - x.shape[-2]).flatten(2) for x in (s, t))
         losses.append((1 - F.cosine_similarity(s, t, dim=-1)).mean())
     return torch.stack(losses).mean()
 

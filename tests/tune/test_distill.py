@@ -126,6 +126,9 @@ def test_alignment_does_not_look_at_hidden_positions():
     torch.manual_seed(0)
     t = torch.randn(1, 2, 4, 4)
     assert float(alignment_loss([t + 100 * torch.ones(4, 4).triu(1)], [t])) == pytest.approx(0, abs=1e-6)
+    t = torch.randn(1, 2, 4, 6)  # behind a prefix of two tokens
+    assert float(alignment_loss([t + 100 * torch.ones(4, 6).triu(3)], [t])) == pytest.approx(0, abs=1e-6)
+    assert float(alignment_loss([t + 100 * torch.ones(4, 6).triu(2)], [t])) > 0.1
 
 
 def test_important_tokens_by_hand():
