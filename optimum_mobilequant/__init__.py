@@ -28,6 +28,7 @@ _PUBLIC = {
     "perplexity": "evaluate.perplexity",
     "push": "hub.push",
     "inspect_checkpoint": "inspection",
+    "set_backend": "runtime",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "perplexity",
     "push",
     "quantize",
+    "set_backend",
 ]
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .hub.push import push
     from .inspection import inspect_checkpoint
     from .pipeline import quantize
+    from .runtime import set_backend
 
 
 def __getattr__(name: str) -> Any:

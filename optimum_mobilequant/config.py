@@ -92,6 +92,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
             ``"auto"`` searches them where the model has massive activations and else does nothing, False does
             nothing. A finished checkpoint states the list, or False. See ``docs/prefix.md``.
         device: where to work, e.g. ``"cuda:0"``; None stays where the model is.
+        backend: what the result, and a model loaded from it, computes with: ``"auto"``, ``"cpp"``, ``"onednn"``,
+            ``"triton"``, ``"reference"`` or ``"simulate"``; see :func:`optimum_mobilequant.set_backend`.
         run_dir: folder that keeps finished stages so that an interrupted run resumes; None keeps nothing.
         recorded: what the run measured (versions, losses, minutes, peak memory); filled by the run.
 
@@ -163,6 +165,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     teacher_dtype: str = "float32"
     prefix: bool | int | str | list[int] | tuple[int, ...] | None = None
     device: str | None = None
+    backend: str = "auto"
     run_dir: str | PathLike[str] | None = None
     recorded: dict[str, Any] = field(default_factory=dict)
 

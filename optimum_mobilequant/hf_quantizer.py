@@ -17,6 +17,7 @@ from .hub.tags import add_tags, remove_tags
 from .log import get_logger
 from .plan import Plan, build_plan
 from .registration import METHOD
+from .runtime import set_backend
 from .sources import dataset_record
 
 logger = get_logger(__name__)
@@ -71,6 +72,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             check_values(model)
             add_tags(model, self.quantization_config)
+            set_backend(model, self.quantization_config.backend)
             return model
         from .pipeline import quantize
 
@@ -102,6 +104,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
         from .checkpoint.restore import restore_float
 
         # save_pretrained leaves a string in the model's config
+        set_backend(model, "simulate")
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         restore_float(model, plan_of(model, self.quantization_config), wanted)
         remove_tags(model)
@@ -153,3 +156,4 @@ def attach(model: Any, config: MobileQuantConfig) -> None:
     untie(model)
     ignore_sentinel(model, plan)
     add_tags(model, config)
+    set_backend(model, config.backend)

@@ -24,7 +24,10 @@ from .recipes import (
 if TYPE_CHECKING:
     from .plan.presets import Scheme
 
+# What a loaded model computes with; see runtime.set_backend.
+BACKENDS = ("auto", "reference", "onednn", "cpp", "triton", "simulate")
 _CHOICES = {
+    "backend": BACKENDS,
     "objective": OBJECTIVES,
     "tuning": TUNINGS,
     "smoothing": SMOOTHINGS,

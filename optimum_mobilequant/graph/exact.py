@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..hf_quantizer import plan_of
 from ..nn.quantizer import quantizers_of
+from ..runtime import set_backend
 from .executor import IntegerExecutor
 from .inputs import DecoderInputs
 from .operators import encoding_of
@@ -51,7 +52,9 @@ class ExactSimulation:
         if executor.inputs is None:
             raise ValueError("the executor must have been made with IntegerExecutor.of(model)")
         self.executor = executor
-        self.model: Any = copy.deepcopy(model).double()
+        self.model: Any = copy.deepcopy(model)
+        set_backend(self.model, "simulate")
+        self.model.double()
         family = plan_of(model, model.config.quantization_config).family
         for quantizer in quantizers_of(self.model):
             if quantizer.spec.role == "probabilities":

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..nn.quantizer import Quantizer, quantizers_of
 from ..numerics.integer import to_grid
+from ..runtime import simulated
 from .executor import IntegerExecutor
 from .inputs import DecoderInputs
 from .ir import MOVES, Op
@@ -55,7 +56,8 @@ def simulated_codes(
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         options = {"attention_mask": attention_mask, "position_ids": positions}
     try:
-        model(input_ids=input_ids, use_cache=False, **options)
+        with simulated(model):
+            model(input_ids=input_ids, use_cache=False, **options)
     finally:
         for hook in hooks:
             hook.remove()

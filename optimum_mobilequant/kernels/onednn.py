@@ -47,8 +47,6 @@ def supports(spec: LinearSpec) -> str | None:
     """Why this backend cannot run a layer, or None."""
     if spec.device != "cpu":
         return "it computes on the CPU"
-    if spec.activation_bits != 8:
-        return f"it takes 8-bit activations, not {spec.activation_bits}-bit ones"
     if spec.weight_bits == 8 and not spec.symmetric:
         return "it takes symmetric 8-bit weights only"
     if spec.output.is_totals:
@@ -62,10 +60,22 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     if weights.zero_point is not None:
         codes = (codes.to(torch.int32) - weights.zero_point[:, None]).to(torch.int8)
     factor = weights.real_factor(spec.output)
-    bias = torch.zeros_like(factor) if weights.bias is None else factor * weights.bias
+    bias = torch.zeros_like(factor) if weights.bias is None else weights.bias.double()
+    zero_point = weights.input_zero_point
+    if spec.activation_bits == 16:  # both bytes get the same zero point; what is left goes into the bias
+        zero_point = min(round(zero_point / 257), 255)
+        bias = bias - (weights.input_zero_point - 257 * zero_point) * codes.sum(1, dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [_ROWS, spec.in_features])
     multiplier = pack_multiplier(factor, Output.real(torch.float32))
-    return Packed(packed, bias.float(), multiplier, None, weights.input_zero_point)
+    return Packed(packed, (factor * bias).float(), multiplier, weights.zero_point, zero_point)
+
+
+def unpack(spec: LinearSpec, packed: Packed) -> Tensor:
+    """The codes that :func:`pack` was given."""
+    codes = packed.weight.to_dense().t()
+    if packed.weight_zero_point is not None:
+        codes = codes + packed.weight_zero_point[:, None]
+    return codes.to(torch.int8).contiguous()
 
 
 def run(call: Call) -> Tensor:
@@ -75,10 +85,23 @@ def run(call: Call) -> Tensor:
     shape = (*call.x.shape[:-1], call.out_features)
     if x.shape[0] == 0:
         return x.new_empty(shape, dtype=output.dtype)
+    if call.activation_bits == 16:
+        return _wide(x, call).view(shape)
     own = output.dtype if output.dtype == torch.uint8 and output.qmax == 255 or not output.qmax else torch.float32
     zero_point = output.zero_point if own == torch.uint8 else 0
     out = _qlinear(x, packed.input_zero_point, packed.weight, packed.multiplier, packed.bias, own, zero_point)
     return (finish_float(out, call) if own == torch.float32 and output.qmax else out).view(shape)
+
+
+def _wide(x: Tensor, call: Call) -> Tensor:
+    """16-bit codes as ``256 * high + low``: two rows of bytes in one product, added in float32."""
+    packed, output = call.packed, call.output
+    planes = torch.cat([x >> 8, x & 0xFF]).to(torch.uint8)
+    no_bias = torch.zeros_like(packed.bias)
+    parts = _qlinear(planes, packed.input_zero_point, packed.weight, packed.multiplier, no_bias, torch.float32, 0)
+    high, low = parts.chunk(2)
+    out = torch.add(low, high, alpha=256).add_(packed.bias)
+    return finish_float(out, call) if output.qmax else out.to(output.dtype)
 
 
 def _qlinear(

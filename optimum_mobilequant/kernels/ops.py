@@ -1,4 +1,4 @@
-"""The kernels as torch operators: ``torch.ops.mobilequant.linear_w8a8`` and its kin, and ``quantize_u8``.
+"""The kernels as torch operators: ``torch.ops.mobilequant.linear_w8a8`` and its kin, and ``quantize``.
 
 Operators, because ``torch.compile`` and ``torch.export`` can keep an operator whose result they know the shape of, and
 cannot look into a compiled kernel. They have no gradients: integers have none.
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..numerics import Grid, quantize
 from . import cpp
 from .registry import BACKENDS
-from .spec import Call, Output, Packed
+from .spec import FLOATS, Call, Output, Packed
 
 NAMESPACE = "mobilequant"
 WIDTHS = tuple((weight, activation) for weight in (8, 4) for activation in (8, 16))
@@ -23,7 +23,7 @@ _LINEAR = (
     "(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, Tensor? weight_zero_point, int input_zero_point, "
     "int in_features, str backend, ScalarType dtype, int qmax, int zero_point, float scale) -> Tensor"
 )
-_QUANTIZE = "(Tensor x, float scale, int zero_point, str backend) -> Tensor"
+_QUANTIZE = "(Tensor x, float scale, int zero_point, int bits, str backend) -> Tensor"
 
 
 def _check(x: Tensor, bias: Tensor, dtype: torch.dtype, in_features: int) -> None:
@@ -82,21 +82,22 @@ def _linear(weight_bits: int, activation_bits: int) -> tuple[Callable[..., Tenso
     return run, shape
 
 
-def _quantize(x: Tensor, scale: float, zero_point: int, backend: str) -> Tensor:
-    if backend == "cpp" and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+def _quantize(x: Tensor, scale: float, zero_point: int, bits: int, backend: str) -> Tensor:
+    if bits == 8 and backend == "cpp" and x.device.type == "cpu" and x.dtype in FLOATS:
         return cpp.library().quantize(x, scale, zero_point)
-    encoding = torch.tensor(scale, device=x.device), torch.tensor(zero_point, device=x.device)
-    return quantize(x, *encoding, Grid(8, signed=False)).contiguous()
+    with torch.device(x.device):
+        encoding = torch.tensor(scale), torch.tensor(zero_point)
+    return quantize(x, *encoding, Grid(bits, signed=False)).contiguous()
 
 
-def _quantize_shape(x: Tensor, scale: float, zero_point: int, backend: str) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.uint8)
+def _quantize_shape(x: Tensor, scale: float, zero_point: int, bits: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=Grid(bits, signed=False).dtype)
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     entries = {f"linear_w{w}a{a}": (_LINEAR, *_linear(w, a)) for w, a in WIDTHS}
-    entries["quantize_u8"] = (_QUANTIZE, _quantize, _quantize_shape)
+    entries["quantize"] = (_QUANTIZE, _quantize, _quantize_shape)
     for name, (schema, run, shape) in entries.items():
         library.define(name + schema)
         library.impl(name, run, "CompositeExplicitAutograd")

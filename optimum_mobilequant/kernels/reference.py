@@ -40,6 +40,11 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     )
 
 
+def unpack(spec: LinearSpec, packed: Packed) -> Tensor:
+    """The codes that :func:`pack` was given."""
+    return packed.weight.t().contiguous()
+
+
 def run(call: Call) -> Tensor:
     """Exact totals, then :func:`finish`."""
     zero = 0 if call.packed.weight_zero_point is None else call.packed.weight_zero_point

@@ -30,6 +30,7 @@ class Backend:
         available: None, or why this machine cannot use it. May compile; asked once.
         supports: None, or why it cannot run a given layer.
         pack: the layer's tensors in its layout.
+        unpack: the codes that were packed, int8 ``[out, in]``; None where the layout does not hold them.
         run: one call.
         integer: counts in integers, so that totals equal the reference's bit for bit.
         groups: multiplies groups of 4-bit weights itself; to the others their products go as 8-bit codes.
@@ -43,10 +44,14 @@ class Backend:
     run: Callable[[Call], Tensor]
     integer: bool
     groups: bool = False
+    unpack: Callable[[LinearSpec, Packed], Tensor] | None = None
 
 
 def _backend(name: str, module: ModuleType, summary: str, *, integer: bool, groups: bool = False) -> Backend:
-    return Backend(name, summary, module.available, module.supports, module.pack, module.run, integer, groups)
+    unpack = getattr(module, "unpack", None)
+    return Backend(
+        name, summary, module.available, module.supports, module.pack, module.run, integer, groups, unpack
+    )
 
 
 BACKENDS: dict[str, Backend] = {

@@ -57,6 +57,8 @@ class QuantLinear(_Biased):
         self.bias = bias
         self.input = input
         self.output = output
+        # A kernel that computes the whole of forward() on integers (see runtime), or None: then it is simulated.
+        self.kernel: nn.Module | None = None
         # Kept out of the module tree: the table is saved, cast and moved once, by the embedding.
         object.__setattr__(self, "tied", tied)
 
@@ -75,6 +77,9 @@ class QuantLinear(_Biased):
         return self._weight().shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            out: Tensor = self.kernel(x)
+            return out
         if self.input is not None:
             x = self.input(x)
         bias = self.bias() if isinstance(self.bias, TunableBias) else self.bias

@@ -7,7 +7,7 @@ tensors under quanto's key names, and :meth:`QWeight.as_quanto` builds the subcl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from ..numerics import Grid, dequantize
 from ..numerics.groups import groups_of, spread
 from ..numerics.packing import pack_int4, pack_planes, unpack_int4, unpack_int4_rows, unpack_planes, unpack_planes_rows
 from ..plan import WeightRule
+
+
+class CodesHolder(Protocol):
+    """Keeps the codes of a weight in a kernel's layout while :class:`QWeight` keeps none."""
+
+    def codes(self) -> Tensor: ...
+
+    def rows(self, ids: Tensor) -> Tensor: ...
 
 
 class _Packed(nn.Module):
@@ -80,6 +88,10 @@ class QWeight(nn.Module):
             if not rule.symmetric:
                 self.register_buffer("_zero_point", zero_point.to(torch.int32))
         self.register_buffer("_scale", scale.float())
+        self._holder: CodesHolder | None = None
+        self.generation = 0  # rises when the stored integers may have changed: what was packed from them is stale
+        self._register_state_dict_hook(_insert_codes)
+        self.register_load_state_dict_pre_hook(_take_back)
 
     @classmethod
     def empty(cls, shape: torch.Size, rule: WeightRule, device: Any) -> QWeight:
@@ -119,6 +131,8 @@ class QWeight(nn.Module):
     def codes(self) -> Tensor:
         """Signed integer codes, ``shape`` of the float weight: what a row's scale multiplies. With groups they are
         8-bit, 4-bit code times multiplier."""
+        if self._holder is not None:
+            return self._holder.codes()
         if self.rule.group:
             return self.nibbles * spread(self._multiplier, self.rule.group, self.shape[1]).to(torch.int8)
         if self.rule.bits == 4 and len(self.shape) == 2:
@@ -143,13 +157,44 @@ class QWeight(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantized rows, float32 ``[*ids.shape, in]``, for an embedding, without touching the other rows."""
-        if self.rule.bits == 4:
+        if self._holder is not None:
+            codes = self._holder.rows(ids)
+        elif self.rule.bits == 4:
             codes = unpack_int4_rows(self._data._data, ids, self.shape[0])
         elif self.rule.bits == 3:
             codes = unpack_planes_rows(self._planes, ids)
         else:
             codes = self.codes[ids]
         return dequantize(codes, self.scale[ids], self.zero_point[ids])
+
+    @property
+    def holder(self) -> CodesHolder | None:
+        """What keeps the codes instead of this module, or None."""
+        return self._holder
+
+    def hand_over(self, holder: CodesHolder) -> None:
+        """Give the codes away: from now on they are read from ``holder``, and kept nowhere else.
+
+        The state dict keeps its keys and values.
+        """
+        self._holder = holder
+        owner, name = self._place
+        setattr(owner, name, nn.Parameter(getattr(owner, name).new_empty(0), requires_grad=False))
+
+    def take_back(self) -> None:
+        """Keep the codes here again; nothing if they are."""
+        if self._holder is not None:
+            codes, (owner, name) = self._holder.codes(), self._place
+            self._holder = None
+            stored = pack_int4(codes) if isinstance(owner, _Packed) else codes.contiguous()
+            setattr(owner, name, nn.Parameter(stored, requires_grad=False))
+
+    @property
+    def _place(self) -> tuple[nn.Module, str]:
+        """Module and name of the parameter that holds the codes."""
+        if self.rule.bits == 4 and len(self.shape) == 2:
+            return self._data, "_data"
+        return self, "_data" if self.is_quanto else "_codes"
 
     def as_quanto(self) -> Tensor:
         """This weight as an optimum-quanto tensor, sharing the integers.
@@ -183,6 +228,9 @@ class QWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QWeight:
         kept = self._scale
+        if self._holder is not None and fn(kept.new_empty(0)).device != kept.device:
+            self.generation += 1
+            self.take_back()  # a kernel's layout belongs to one kind of device
         super()._apply(fn, recurse)
         if self._scale.dtype != torch.float32:  # a cast changes what the model computes in, never what is stored
             self._scale = kept.to(self._scale.device)
@@ -190,3 +238,17 @@ class QWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.rule.bits} bits, {'sym' if self.rule.symmetric else 'asym'}"
+
+
+def _insert_codes(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict hook: the codes that a kernel holds, under the key they are stored by."""
+    if module.holder is not None:
+        key = prefix + ("_data._data" if isinstance(module._place[0], _Packed) else module._place[1])
+        codes = module.codes
+        state[key] = pack_int4(codes) if key.endswith("_data._data") else codes.contiguous()
+
+
+def _take_back(module: Any, *args: Any) -> None:
+    """Before a state dict is loaded: the tensors it is copied into."""
+    module.generation += 1
+    module.take_back()

@@ -196,7 +196,7 @@ def test_quantized_activations_are_numerics_codes(backend, dtype, scale):
     x = torch.cat([torch.randn(1000) * 100 * scale, torch.arange(-300, 300) * scale * 0.5]).to(dtype)
     expected = quantize(x, torch.tensor(scale), torch.tensor(117), U8)
     x, expected = x.view(4, 400).t(), expected.view(4, 400).t()
-    assert torch.equal(torch.ops.mobilequant.quantize_u8(x, scale, 117, backend), expected)
+    assert torch.equal(torch.ops.mobilequant.quantize(x, scale, 117, 8, backend), expected)
 
 
 @pytest.mark.skipif(not COMPILED, reason=f"compiled kernels: {cpp.available()}")

@@ -29,7 +29,7 @@ def test_linear_operators(variant, bits, activation_bits, monkeypatch):
 def test_quantize_operator(variant, monkeypatch):
     backend = use(variant, monkeypatch)
     for x in (torch.randn(3, 4), torch.randn(4, 3, dtype=torch.bfloat16).t(), torch.randn(0, 4)):
-        torch.library.opcheck(torch.ops.mobilequant.quantize_u8.default, (x, 0.1, 100, backend))
+        torch.library.opcheck(torch.ops.mobilequant.quantize.default, (x, 0.1, 100, 8, backend))
 
 
 @pytest.mark.parametrize("variant", variants())

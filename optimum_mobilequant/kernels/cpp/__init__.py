@@ -12,6 +12,7 @@ from ..spec import Call, LinearSpec, Output, Packed, Weights
 from .build import BuildError, build_library
 from .library import Library
 
+_PANEL = 64  # output channels of a panel of the packed weights (linear.h)
 # 16 * code * 255 summed over more columns could leave int32 before the 16 is divided out.
 _MOST_COLUMNS = 65793
 
@@ -57,6 +58,21 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     packed = library().pack(weights.codes.contiguous(), spec.weight_bits)
     zero = None if weights.zero_point is None else weights.zero_point.to(torch.int32).contiguous()
     return Packed(packed, bias, pack_multiplier(weights.real_factor(spec.output), spec.output), zero, 0)
+
+
+def unpack(spec: LinearSpec, packed: Packed) -> Tensor:
+    """The codes that :func:`pack` was given."""
+    return unpack_rows(spec, packed, torch.arange(spec.out_features))
+
+
+def unpack_rows(spec: LinearSpec, packed: Packed, rows: Tensor) -> Tensor:
+    """Some rows of the codes: int8 ``[*rows.shape, in]``."""
+    panels = -(-spec.out_features // _PANEL)
+    data = packed.weight[4 * _PANEL * panels :].view(panels, -1, _PANEL, 4)[rows // _PANEL, :, rows % _PANEL]
+    if spec.weight_bits == 4:  # the high nibble is the earlier group of four columns
+        signed = data.view(torch.int8)
+        data = torch.stack([signed >> 4, (signed << 4) >> 4], dim=-2)
+    return data.reshape(*rows.shape, -1)[..., : spec.in_features].view(torch.int8).contiguous()
 
 
 def run(call: Call) -> Tensor:
