@@ -44,7 +44,7 @@ def encoding_of(graph: Graph, name: str) -> Encoding:
     return encoding
 
 
-class _Static:
+class Static:
     """A per-tensor encoding as Python numbers."""
 
     def __init__(self, graph: Graph, name: str):
@@ -74,7 +74,7 @@ def _embedding(graph: Graph, op: Op) -> Function:
 
 
 def _norm(graph: Graph, op: Op) -> Function:
-    x, out = _Static(graph, op.inputs[0]), _Static(graph, op.output)
+    x, out = Static(graph, op.inputs[0]), Static(graph, op.output)
     gain = encoding_of(graph, op.inputs[1])
     steps = graph.constants[op.inputs[1]]().to(torch.int64) - gain.zero_point
     constants = NormConstants.of(
@@ -90,7 +90,7 @@ def _norm(graph: Graph, op: Op) -> Function:
 
 
 def _linear(graph: Graph, op: Op) -> Function:
-    x, out = _Static(graph, op.inputs[0]), _Static(graph, op.output)
+    x, out = Static(graph, op.inputs[0]), Static(graph, op.output)
     encoding = encoding_of(graph, op.inputs[1])
     weight = Operand.of(graph.constants[op.inputs[1]]().t(), encoding.zero_point, encoding.grid)
     bias = graph.constants[op.inputs[2]]().to(torch.int64) if len(op.inputs) == 3 else None
@@ -108,8 +108,8 @@ def _merge_heads(graph: Graph, op: Op) -> Function:
 
 
 def _rope(graph: Graph, op: Op) -> Function:
-    x, cos, sin = (_Static(graph, name) for name in op.inputs)
-    out, dims = _Static(graph, op.output), int(op.attributes["rotary_dims"])
+    x, cos, sin = (Static(graph, name) for name in op.inputs)
+    out, dims = Static(graph, op.output), int(op.attributes["rotary_dims"])
     multiplier = Multiplier.of(x.scale * 2.0**-14 / out.scale)
     if (cos.scale, sin.scale, cos.zero, sin.zero) != (2.0**-14, 2.0**-14, 0, 0):
         raise ValueError(f"the rotary tables of {op.name} are not on the Q1.14 grid")
@@ -126,7 +126,7 @@ def _concat(graph: Graph, op: Op) -> Function:
 
 
 def _attention_product(graph: Graph, op: Op, transposed: bool) -> Function:
-    a, b, out = _Static(graph, op.inputs[0]), _Static(graph, op.inputs[1]), _Static(graph, op.output)
+    a, b, out = Static(graph, op.inputs[0]), Static(graph, op.inputs[1]), Static(graph, op.output)
     multiplier = Multiplier.of(a.scale * b.scale / out.scale)
 
     def run(left: Tensor, right: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _attention_product(graph: Graph, op: Op, transposed: bool) -> Function:
 
 
 def _mask(graph: Graph, op: Op) -> Function:
-    x, out = _Static(graph, op.inputs[0]), _Static(graph, op.output)
+    x, out = Static(graph, op.inputs[0]), Static(graph, op.output)
     move = out.zero - x.zero
 
     def run(codes: Tensor, visible: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _mask(graph: Graph, op: Op) -> Function:
 
 
 def _softmax(graph: Graph, op: Op) -> Function:
-    x, out = _Static(graph, op.inputs[0]), _Static(graph, op.output)
+    x, out = Static(graph, op.inputs[0]), Static(graph, op.output)
     if out.zero != 0 or out.tensor != torch.tensor(1.0 / out.grid.qmax):
         raise ValueError(f"the probabilities of {op.name} are not on the grid from 0 to 1")
     exp = ExpTables.of(x.scale)
@@ -159,13 +159,13 @@ def _softmax(graph: Graph, op: Op) -> Function:
 
 
 def _add(graph: Graph, op: Op) -> Function:
-    a, b, out = _Static(graph, op.inputs[0]), _Static(graph, op.inputs[1]), _Static(graph, op.output)
+    a, b, out = Static(graph, op.inputs[0]), Static(graph, op.inputs[1]), Static(graph, op.output)
     multipliers = shared_multipliers(a.scale / out.scale, b.scale / out.scale)
     return lambda x, y: out.codes(rescaled_sum(a.centred(x), b.centred(y), multipliers))
 
 
 def _multiply(graph: Graph, op: Op) -> Function:
-    a, b, out = _Static(graph, op.inputs[0]), _Static(graph, op.inputs[1]), _Static(graph, op.output)
+    a, b, out = Static(graph, op.inputs[0]), Static(graph, op.inputs[1]), Static(graph, op.output)
     multiplier = Multiplier.of(a.scale * b.scale / out.scale)
     return lambda x, y: out.codes(requantize(a.centred(x) * b.centred(y), multiplier))
 
@@ -173,7 +173,7 @@ def _multiply(graph: Graph, op: Op) -> Function:
 def _activation(graph: Graph, op: Op) -> Function:
     from transformers.activations import ACT2FN
 
-    x, out = _Static(graph, op.inputs[0]), _Static(graph, op.output)
+    x, out = Static(graph, op.inputs[0]), Static(graph, op.output)
     table = lookup_table(
         ACT2FN[str(op.attributes["function"])], x.tensor, x.zero, x.grid, (out.tensor, out.zero, out.grid)
     )

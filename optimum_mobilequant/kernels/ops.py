@@ -94,10 +94,51 @@ def _quantize_shape(x: Tensor, scale: float, zero_point: int, bits: int, backend
     return x.new_empty(x.shape, dtype=Grid(bits, signed=False).dtype)
 
 
+_LAYER = (
+    "(Tensor x, Tensor? mask, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) key_sums, Tensor(c!) values, "
+    "int past, Tensor constants, Tensor qkv, Tensor proj, Tensor gate_up, Tensor down) -> Tensor"
+)
+_NORM = "(Tensor x, Tensor constants) -> Tensor"
+
+
+def _layer(
+    x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, key_sums: Tensor, values: Tensor,
+    past: int, constants: Tensor, qkv: Tensor, proj: Tensor, gate_up: Tensor, down: Tensor,
+) -> Tensor:  # fmt: skip
+    batch, sequence, _ = x.shape
+    total = past + sequence
+    if total > key_sums.shape[2] or key_sums.shape[0] != batch:
+        raise ValueError(f"the cache has room for {list(key_sums.shape)}, not for {batch} x {total} positions")
+    if mask is not None and (
+        mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2] != sequence or mask.shape[3] < total
+    ):
+        raise ValueError(f"the mask is {list(mask.shape)}, and {batch} x {sequence} of {total} positions are computed")
+    return cpp.library().layer(
+        x, mask, cos, sin, keys, key_sums, values, past, constants, (qkv, proj, gate_up, down)
+    )
+
+
+def _layer_shape(
+    x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, key_sums: Tensor, values: Tensor,
+    past: int, constants: Tensor, qkv: Tensor, proj: Tensor, gate_up: Tensor, down: Tensor,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+def _norm(x: Tensor, constants: Tensor) -> Tensor:
+    return cpp.library().norm(x, constants)
+
+
+def _norm_shape(x: Tensor, constants: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     entries = {f"linear_w{w}a{a}": (_LINEAR, *_linear(w, a)) for w, a in WIDTHS}
     entries["quantize"] = (_QUANTIZE, _quantize, _quantize_shape)
+    entries["decoder_layer"] = (_LAYER, _layer, _layer_shape)
+    entries["norm"] = (_NORM, _norm, _norm_shape)
     for name, (schema, run, shape) in entries.items():
         library.define(name + schema)
         library.impl(name, run, "CompositeExplicitAutograd")

@@ -117,8 +117,12 @@ class QuantNorm(_Biased):
         self.output = output
         self.eps = eps
         self.centre = centre
+        self.kernel: nn.Module | None = None  # as in QuantLinear
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            out: Tensor = self.kernel(x)
+            return out
         if self.input is not None:
             # The decoder layer adds this same tensor to the MLP's output: rounding it in place is what makes the
             # residual branch carry the codes that the norm sees.
@@ -176,6 +180,7 @@ class QuantEmbedding(nn.Module):
         self.dtype_anchor = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
         self.multiplier = multiplier
         self.padding_idx = padding_idx
+        self.keeps_float32 = False  # kernels exchange grid values, which other dtypes do not hold
 
     @property
     def num_embeddings(self) -> int:
@@ -187,7 +192,8 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.weight.rows(ids)
-        return self.output(rows if self.multiplier == 1.0 else rows * self.multiplier).to(self.dtype_anchor.dtype)
+        out: Tensor = self.output(rows if self.multiplier == 1.0 else rows * self.multiplier)
+        return out if self.keeps_float32 else out.to(self.dtype_anchor.dtype)
 
 
 class QuantActivation(nn.Module):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,12 +14,15 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.pack import input_of
 from ..kernels import BACKENDS as KERNELS
+from ..kernels.registry import VARIABLE, unavailable
 from ..log import get_logger
 from ..lookup import unknown_name
-from ..nn import QuantLinear, QWeight
+from ..nn import QuantEmbedding, QuantLinear, QuantNorm, QWeight
 from ..options import BACKENDS
-from ..plan import Plan
 from .linear import Served, pack_linear
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 logger = get_logger(__name__)
 
@@ -37,6 +41,7 @@ class Runtime:
     backend: str
     served: dict[str, Served] = field(default_factory=dict)
     packed: dict[str, tuple[int, torch.device]] = field(default_factory=dict)
+    plan: Plan | None = None
 
 
 def set_backend(model: PreTrainedModel, name: str) -> None:
@@ -97,11 +102,7 @@ def release(model: nn.Module) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _refresh_before:
             del model._forward_pre_hooks[key]
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.kernel = None
-        if isinstance(module, QWeight):
-            module.take_back()
+    give_back(model)
 
 
 @torch.no_grad()
@@ -110,21 +111,59 @@ def refresh(model: PreTrainedModel) -> None:
     runtime: Runtime | None = getattr(model, _RUNTIME, None)
     if runtime is None:
         return
-    from ..hf_quantizer import plan_of
+    if runtime.plan is None:
+        from ..hf_quantizer import plan_of
 
-    plan: Plan = plan_of(model, model.config.quantization_config)
-    changed = False
+        runtime.plan = plan_of(model, model.config.quantization_config)
+    plan = runtime.plan
+    weights = {path: model.get_submodule(path)._weight() for path in linears_of(plan)}  # type: ignore[operator]
+    if all(runtime.packed.get(path) == (weight.generation, weight.device) for path, weight in weights.items()):
+        return
+    give_back(model)
+    fused = fuse_layers(model, plan, runtime, {weight.device.type for weight in weights.values()})
+    embedding: Any = model.get_submodule(plan.family.embedding)
+    for path, weight in weights.items():
+        if not fused or path == plan.family.head:
+            linear: Any = model.get_submodule(path)
+            input: Any = model.get_submodule(input_of(plan, path))
+            like = embedding if path == plan.family.head else None
+            linear.kernel, runtime.served[path] = pack_linear(path, linear, input, runtime.backend, like=like)
+        runtime.packed[path] = (weight.generation, weight.device)
+    report_slow(runtime)
+
+
+def fuse_layers(model: PreTrainedModel, plan: Plan, runtime: Runtime, devices: set[str]) -> bool:
+    """Fuse the decoder layers where the backend asked for allows it; whether it was done."""
+    from .blocks import NotFused
+    from .layer import fuse
+
+    wanted = runtime.backend if runtime.backend != "auto" else os.environ.get(VARIABLE) or "cpp"
+    if wanted != "cpp" or devices != {"cpu"} or unavailable("cpp"):
+        return False
+    try:
+        fuse(model, plan)
+    except NotFused as error:
+        logger.warning(f"decoder layers run as single kernels with float steps between them, not fused: {error}")
+        return False
     for path in linears_of(plan):
         linear: Any = model.get_submodule(path)
-        weight = linear._weight()
-        state = (weight.generation, weight.device)
-        if runtime.packed.get(path) == state:
-            continue
-        input: Any = model.get_submodule(input_of(plan, path))
-        linear.kernel, runtime.served[path] = pack_linear(path, linear, input, runtime.backend)
-        runtime.packed[path], changed = (weight.generation, weight.device), True
-    if changed:
-        report_slow(runtime)
+        bits = model.get_submodule(input_of(plan, path)).spec.bits  # type: ignore[union-attr]
+        runtime.served[path] = Served(path, f"linear_w{linear._weight().rule.bits}a{bits}, fused", "cpp", {})
+    return True
+
+
+def give_back(model: nn.Module) -> None:
+    """Every weight has its codes again, and nothing computes with kernels."""
+    from .layer import unfuse
+
+    unfuse(model)
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantNorm):
+            module.kernel = None
+        if isinstance(module, QuantEmbedding):
+            module.keeps_float32 = False
+        if isinstance(module, QWeight):
+            module.take_back()
 
 
 def _refresh_before(model: Any, args: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels import BACKENDS, Choice, IntegerLinear, LinearSpec, Output, choose, cpp, prepare
 from ..kernels.registry import order, why_not
 from ..kernels.spec import FLOATS, Packed
-from ..nn import Quantizer, QuantLinear, QWeight
+from ..nn import QuantEmbedding, Quantizer, QuantLinear, QWeight
 from ..numerics import Grid, quantize
 
 _TENSORS = ("weight", "bias", "multiplier", "weight_zero_point")
@@ -33,12 +33,15 @@ class PackedLinear(nn.Module):
     bias: Tensor
     multiplier: Tensor
     weight_zero_point: Tensor | None
+    like: QuantEmbedding | None
 
     def __init__(self, linear: IntegerLinear, input: Quantizer):
         super().__init__()
         self.spec, self.choice = linear.spec, linear.choice
         self.input_zero_point = linear.packed.input_zero_point
         self.scale, self.zero_point = float(input.scale), int(input.zero_point)
+        # Of the head: the embedding, which knows the dtype that the model computes in. Not a part of this module.
+        object.__setattr__(self, "like", None)
         for name in _TENSORS:
             self.register_buffer(name, getattr(linear.packed, name), persistent=False)
 
@@ -58,7 +61,7 @@ class PackedLinear(nn.Module):
             codes, self.weight, self.bias, self.multiplier, self.weight_zero_point, self.input_zero_point,
             self.spec.in_features, backend, dtype, output.qmax, output.zero_point, output.scale,
         )  # fmt: skip
-        return out.to(x.dtype)
+        return out.to(x.dtype if self.like is None else self.like.dtype_anchor.dtype)
 
     @property
     def packed(self) -> Packed:
@@ -107,13 +110,14 @@ class Served:
 
 
 def pack_linear(
-    path: str, linear: QuantLinear, input: Quantizer, backend: str
+    path: str, linear: QuantLinear, input: Quantizer, backend: str, *, like: QuantEmbedding | None = None
 ) -> tuple[PackedLinear | None, Served]:
     """Pack a layer for the kernel asked for, or else the fastest; the kernel takes the codes over.
 
     Args:
         path: of the layer. input: quantizer of what it reads.
         backend: a name of :data:`~..options.BACKENDS`, not ``"simulate"``.
+        like: of the head, the embedding: the result gets the dtype the model computes in.
 
     Returns:
         The kernel, None where only the simulation can compute this layer; and what was chosen.
@@ -147,6 +151,7 @@ def pack_linear(
         backend=choice.backend.name,
     )
     kernel = PackedLinear(packed, input)
+    object.__setattr__(kernel, "like", like)
     if choice.backend.unpack is not None and (linear.tied is None or choice.backend.name == "cpp"):
         provider.hand_over(kernel)  # else an embedding would unpack its whole table to read a row of it
     return kernel, served

@@ -86,6 +86,8 @@ def _wide(call: Call) -> Tensor:
     """``sum_k x * w`` with ``x = 256 * high + low``: both planes are uint8 rows of the same product."""
     packed = call.packed
     x = call.x.reshape(-1, call.x.shape[-1])
+    if call.output.qmax and call.output.dtype in (torch.int32, torch.float32):
+        return library().linear_wide(x.contiguous(), packed, call.output, call.weight_bits)
     planes = torch.cat([x >> 8, x & 0xFF]).to(torch.uint8)
     no_bias = torch.zeros(call.out_features, dtype=torch.int32, device="cpu")
     plain = Packed(packed.weight, no_bias, packed.multiplier, None, 0)

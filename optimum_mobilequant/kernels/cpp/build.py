@@ -23,7 +23,11 @@ from ...log import get_logger
 logger = get_logger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = ("linear.h", "kernel.cpp", "dispatch.cpp")
+_SOURCES = (
+    "linear.h", "vector.h", "rows.h", "attention.h", "kernel.cpp",  # compiled for each instruction set
+    "layer.h", "scratch.h", "layer.cpp", "dispatch.cpp",
+)  # fmt: skip
+_PLAIN = ("layer.cpp", "dispatch.cpp")  # compiled once
 # -ffp-contract=off: a fused multiply-add would round differently on different machines.
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
@@ -136,10 +140,11 @@ def _compile(compiler: str, folder: Path) -> None:
             raise BuildError(f"{compiler} fails on the CPU kernels: {error}")
         else:
             logger.debug(f"{compiler} cannot compile the {unit.isa} kernels: {error}")
-    dispatch = folder / "dispatch.o"
-    sources = [*threads.compile, *have, "-c", str(_HERE / "dispatch.cpp"), "-o", str(dispatch)]
-    link = [compiler, "-shared", "-o", str(folder / "linear.so"), str(dispatch), *objects, *threads.link]
-    for command in ([compiler, *_FLAGS, *sources], link):
+    plain = [(str(_HERE / name), str(folder / f"{name}.o")) for name in _PLAIN]
+    compile_plain = [[compiler, *_FLAGS, *threads.compile, *have, "-c", s, "-o", o] for s, o in plain]
+    objects += [o for _, o in plain]
+    link = [compiler, "-shared", "-o", str(folder / "linear.so"), *objects, *threads.link]
+    for command in (*compile_plain, link):
         if error := _run(command):
             raise BuildError(f"{compiler} fails on the CPU kernels: {error}")
 

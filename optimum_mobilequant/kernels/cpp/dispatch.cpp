@@ -1,5 +1,6 @@
 // The library's C interface: packing, the choice of the instruction set, and the split of work over threads.
-#include "linear.h"
+#include "layer.h"
+#include "scratch.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@ namespace {
 using mq::Isa;
 using mq::kPanel;
 using mq::Linear;
+using mq::Scratch;
 
 struct Entry {
   const char* name;
@@ -80,17 +82,6 @@ const Entry kIsas[] = {
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
-// Aligned scratch memory; the pointer is null if there is none left.
-struct Scratch {
-  void* data = nullptr;
-  explicit Scratch(size_t bytes) {
-    if (bytes && posix_memalign(&data, 64, bytes) != 0) data = nullptr;
-  }
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
-
 void run_range(const Linear& a, const Isa& isa, int64_t chunks, int64_t begin, int64_t end, int8_t* scratch) {
   for (int64_t t = begin; t < end; ++t) {
     const int64_t chunk = t % chunks;
@@ -99,6 +90,67 @@ void run_range(const Linear& a, const Isa& isa, int64_t chunks, int64_t begin, i
 }
 
 }  // namespace
+
+namespace mq {
+
+int run_linear(Linear& a, const Isa& chosen, int threads) {
+  const int64_t m = a.m, n = a.n, k = a.k, ldx = a.ldx;
+  const int bits = a.bits;
+  const uint8_t* x = a.x;
+  const bool needs_sums = a.weight_zero && !a.x_sum;
+  const int64_t padded = mq::groups(a) * 4;
+  const Scratch copy(padded == k ? 0 : m * padded), sums(needs_sums ? m * sizeof(int32_t) : 0);
+  if ((padded != k && !copy.data) || (needs_sums && !sums.data)) return 1;
+  if (padded != k) {  // the kernel reads whole groups
+    uint8_t* rows = static_cast<uint8_t*>(copy.data);
+    for (int64_t r = 0; r < m; ++r) {
+      memcpy(rows + r * padded, x + r * ldx, k);
+      memset(rows + r * padded + k, 0, padded - k);
+    }
+    a.x = rows, a.ldx = padded;
+  }
+  if (needs_sums) {
+    int32_t* totals = static_cast<int32_t*>(sums.data);
+    for (int64_t r = 0; r < m; ++r) {
+      int32_t total = 0;
+      for (int64_t c = 0; c < k; ++c) total += x[r * ldx + c];
+      totals[r] = total;
+    }
+    a.x_sum = totals;
+  }
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  if (m * n * k < 200000) threads = 1;  // below some 10 us a second thread costs more than it brings
+  // Rows are split as well where there are too few panels to keep all threads busy.
+  int64_t chunks = 1;
+  while (threads > 1 && panels * chunks < 2 * threads && m / (chunks + 1) >= 4 * mq::kRows) ++chunks;
+  const int64_t tasks = panels * chunks;
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  const size_t unpacked = bits == 4 && m >= mq::kUnpackFrom ? padded * kPanel : 0;
+  int failed = 0;
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t count = omp_get_num_threads(), id = omp_get_thread_num();
+      const Scratch scratch(unpacked);
+      if (unpacked && !scratch.data) {
+#pragma omp atomic write
+        failed = 1;
+      } else {
+        run_range(a, chosen, chunks, tasks * id / count, tasks * (id + 1) / count,
+                  static_cast<int8_t*>(scratch.data));
+      }
+    }
+    return failed;
+  }
+#endif
+  const Scratch scratch(unpacked);
+  if (unpacked && !scratch.data) return 1;
+  run_range(a, chosen, chunks, 0, tasks, static_cast<int8_t*>(scratch.data));
+  return failed;
+}
+
+}  // namespace mq
 
 #define MQ_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -166,57 +218,52 @@ MQ_EXPORT int mq_linear(const uint8_t* x, int64_t ldx, const uint8_t* packed, in
   a.factor = static_cast<const float*>(multiplier), a.mantissa = static_cast<const int32_t*>(multiplier);
   a.m = m, a.n = n, a.k = k, a.bits = bits, a.output = output;
   a.zero_point = zero_point, a.qmax = qmax, a.scale = scale;
-  const int64_t padded = mq::groups(a) * 4;
-  const Scratch copy(padded == k ? 0 : m * padded), sums(weight_zero ? m * sizeof(int32_t) : 0);
-  if ((padded != k && !copy.data) || (weight_zero && !sums.data)) return 1;
-  if (padded != k) {  // the kernel reads whole groups
-    uint8_t* rows = static_cast<uint8_t*>(copy.data);
-    for (int64_t r = 0; r < m; ++r) {
-      memcpy(rows + r * padded, x + r * ldx, k);
-      memset(rows + r * padded + k, 0, padded - k);
-    }
-    a.x = rows, a.ldx = padded;
-  }
-  if (weight_zero) {
-    int32_t* totals = static_cast<int32_t*>(sums.data);
-    for (int64_t r = 0; r < m; ++r) {
-      int32_t total = 0;
-      for (int64_t c = 0; c < k; ++c) total += x[r * ldx + c];
-      totals[r] = total;
-    }
-    a.x_sum = totals;
-  }
+  return mq::run_linear(a, *kIsas[isa].isa, threads);
+}
+
+// The linear layer on 16-bit codes (int32 [m, k]); bias: int64 [n]; output: kCodesI32 or kGridFloat.
+MQ_EXPORT int mq_linear_wide(const int32_t* x, const uint8_t* packed, int64_t packed_bytes, const int64_t* bias,
+                             const int32_t* weight_zero, const int32_t* multiplier, void* out, int64_t m, int64_t n,
+                             int64_t k, int bits, int output, int zero_point, int qmax, float scale, int threads,
+                             int isa) {
+  if (packed_bytes != mq_packed_bytes(n, k, bits)) return 2;
+  if (m == 0) return 0;
+  const Scratch planes(2 * m * k);
+  if (!planes.data) return 1;
   const Isa& chosen = *kIsas[isa].isa;
-  const int64_t panels = (n + kPanel - 1) / kPanel;
-  if (m * n * k < 200000) threads = 1;  // below some 10 us a second thread costs more than it brings
-  // Rows are split as well where there are too few panels to keep all threads busy.
-  int64_t chunks = 1;
-  while (threads > 1 && panels * chunks < 2 * threads && m / (chunks + 1) >= 4 * mq::kRows) ++chunks;
-  const int64_t tasks = panels * chunks;
-  if (threads > tasks) threads = static_cast<int>(tasks);
-  const size_t unpacked = bits == 4 && m >= mq::kUnpackFrom ? padded * kPanel : 0;
-  int failed = 0;
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t count = omp_get_num_threads(), id = omp_get_thread_num();
-      const Scratch scratch(unpacked);
-      if (unpacked && !scratch.data) {
-#pragma omp atomic write
-        failed = 1;
-      } else {
-        run_range(a, chosen, chunks, tasks * id / count, tasks * (id + 1) / count,
-                  static_cast<int8_t*>(scratch.data));
-      }
+  uint8_t* bytes = static_cast<uint8_t*>(planes.data);
+  for (int64_t r = 0; r < m; ++r) chosen.store_row(x + r * k, 0, k, bytes + r * k, bytes + (m + r) * k);
+  Linear a{};
+  a.x = bytes, a.ldx = k, a.packed = packed, a.weight_zero = weight_zero, a.mantissa = multiplier;
+  a.m = m, a.n = n, a.k = k, a.bits = bits, a.zero_point = zero_point, a.qmax = qmax, a.out = out;
+  if (mq::run_wide(a, bias, chosen, threads)) return 1;
+  int32_t* steps = static_cast<int32_t*>(out);  // 4 bytes each, like what they become
+  mq::parallel(threads, m * n, 65536, [&](int64_t begin, int64_t end) {
+    if (output == mq::kGridFloat) {
+      for (int64_t i = begin; i < end; i += 1024)
+        chosen.reals_row(steps + i, scale, end - i < 1024 ? end - i : 1024, static_cast<float*>(out) + i);
+    } else {
+      for (int64_t i = begin; i < end; ++i) steps[i] += zero_point;
     }
-    return failed;
-  }
-#endif
-  const Scratch scratch(unpacked);
-  if (unpacked && !scratch.data) return 1;
-  run_range(a, chosen, chunks, 0, tasks, static_cast<int8_t*>(scratch.data));
-  return failed;
+  });
+  return 0;
+}
+
+MQ_EXPORT const char* mq_layer_fields() { return mq::layer_fields(); }
+
+MQ_EXPORT int mq_layer(const float* x, float* out, const float* cos, const float* sin, int64_t rotary_batch,
+                       const float* mask, int64_t mask_batch, int64_t mask_columns, int8_t* keys, int32_t* key_sums,
+                       int8_t* values, int64_t capacity, int64_t past, int64_t batch, int64_t sequence,
+                       const uint8_t* block, const uint8_t* qkv, const uint8_t* proj, const uint8_t* gate_up,
+                       const uint8_t* down, int threads, int isa) {
+  if (batch == 0 || sequence == 0) return 0;
+  return mq::run_layer({x, out, cos, sin, rotary_batch, mask, mask_batch, mask_columns, keys, key_sums, values,
+                        capacity, past, batch, sequence, block, qkv, proj, gate_up, down},
+                       *kIsas[isa].isa, threads);
+}
+
+MQ_EXPORT int mq_norm(const float* x, float* out, int64_t rows, const uint8_t* block, int threads, int isa) {
+  return mq::run_norm({x, out, rows, block}, *kIsas[isa].isa, threads);
 }
 
 // x: float32 or (bf16 != 0) bfloat16, contiguous. codes[i] = clamp(round(x[i] / scale) + zero_point, 0, 255).

@@ -15,209 +15,10 @@
 namespace mq {
 namespace {
 
-// An instruction set: vectors of 4 * kLanes bytes and dot(sum, x, w), which adds to each int32 lane the four products
-// of its bytes. kVectors: vectors of a register tile side by side.
-#if defined(MQ_AVX512VNNI)
-struct V {
-  static constexpr int kLanes = 16, kVectors = 4, kOffset = 0;
-  using Sum = __m512i;
-  using Act = __m512i;
-  using Raw = __m512i;
-  using Wgt = __m512i;
-  static Sum zero() { return _mm512_setzero_si512(); }
-  static Raw load(const int8_t* p) { return _mm512_loadu_si512(p); }
-  static void save(int8_t* p, Raw v) { _mm512_storeu_si512(p, v); }
-  static Raw high(Raw v) { return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xF0))); }
-  static Raw low(Raw v) { return high(_mm512_slli_epi16(v, 4)); }
-  static Wgt weight(Raw v) { return v; }
-  static Act activation(int32_t four) { return _mm512_set1_epi32(four); }
-  static Sum dot(Sum sum, Act x, Wgt w) { return _mm512_dpbusd_epi32(sum, x, w); }
-  static void store(int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
-};
-#elif defined(MQ_AVXVNNI) || defined(MQ_AVX2)
-struct V {
-  static constexpr int kLanes = 8, kVectors = 2, kOffset = 0;
-  using Sum = __m256i;
-  using Raw = __m256i;
-  static Sum zero() { return _mm256_setzero_si256(); }
-  static Raw load(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static void save(int8_t* p, Raw v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static Raw high(Raw v) { return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xF0))); }
-  static Raw low(Raw v) { return high(_mm256_slli_epi16(v, 4)); }
-  static void store(int32_t* p, Sum v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-#if defined(MQ_AVXVNNI)
-  using Act = __m256i;
-  using Wgt = __m256i;
-  static Wgt weight(Raw v) { return v; }
-  static Act activation(int32_t four) { return _mm256_set1_epi32(four); }
-  static Sum dot(Sum sum, Act x, Wgt w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
-#else
-  // vpmaddubsw saturates at 16 bits, so bytes are widened to 16 bits, even and odd ones apart: the two vpmaddwd are
-  // exact and leave the four products of each 32-bit lane in that lane.
-  struct Pair {
-    __m256i even, odd;
-  };
-  using Act = Pair;
-  using Wgt = Pair;
-  static Wgt weight(Raw v) { return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)}; }
-  static Act activation(int32_t four) {
-    const __m256i v = _mm256_set1_epi32(four);
-    return {_mm256_and_si256(v, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(v, 8)};
-  }
-  static Sum dot(Sum sum, Act x, Wgt w) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x.even, w.even));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x.odd, w.odd));
-  }
-#endif
-};
-#elif defined(MQ_NEON)
-// sdot multiplies signed bytes: the activations are shifted by -128, and 128 * row_sum is added at the end.
-struct V {
-  static constexpr int kLanes = 4, kVectors = 4, kOffset = 128;
-  using Sum = int32x4_t;
-  using Act = int8x16_t;
-  using Raw = int8x16_t;
-  using Wgt = int8x16_t;
-  static Sum zero() { return vdupq_n_s32(0); }
-  static Raw load(const int8_t* p) { return vld1q_s8(p); }
-  static void save(int8_t* p, Raw v) { vst1q_s8(p, v); }
-  static Raw high(Raw v) { return vandq_s8(v, vdupq_n_s8(static_cast<int8_t>(0xF0))); }
-  static Raw low(Raw v) { return vshlq_n_s8(v, 4); }
-  static Wgt weight(Raw v) { return v; }
-  static Act activation(int32_t four) {
-    return vreinterpretq_s8_s32(veorq_s32(vdupq_n_s32(four), vdupq_n_s32(static_cast<int32_t>(0x80808080u))));
-  }
-  static Sum dot(Sum sum, Act x, Wgt w) { return vdotq_s32(sum, w, x); }
-  static void store(int32_t* p, Sum v) { vst1q_s32(p, v); }
-};
-#else
-struct V {
-  static constexpr int kLanes = 4, kVectors = 1, kOffset = 0;
-  struct Sum {
-    uint32_t lane[kLanes];  // unsigned: wraps without undefined behaviour
-  };
-  struct Raw {
-    int8_t byte[4 * kLanes];
-  };
-  struct Act {
-    uint8_t byte[4];
-  };
-  using Wgt = Raw;
-  static Sum zero() { return Sum{}; }
-  static Raw load(const int8_t* p) {
-    Raw v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void save(int8_t* p, Raw v) { memcpy(p, &v, sizeof v); }
-  static Raw high(Raw v) {
-    for (int i = 0; i < 4 * kLanes; ++i) v.byte[i] = static_cast<int8_t>(v.byte[i] & 0xF0);
-    return v;
-  }
-  static Raw low(Raw v) {
-    for (int i = 0; i < 4 * kLanes; ++i) v.byte[i] = static_cast<int8_t>(static_cast<uint8_t>(v.byte[i]) << 4);
-    return v;
-  }
-  static Wgt weight(Raw v) { return v; }
-  static Act activation(int32_t four) {
-    Act x;
-    memcpy(&x, &four, 4);
-    return x;
-  }
-  static Sum dot(Sum sum, Act x, Wgt w) {
-    for (int i = 0; i < kLanes; ++i)
-      for (int j = 0; j < 4; ++j) sum.lane[i] += static_cast<uint32_t>(x.byte[j] * w.byte[4 * i + j]);
-    return sum;
-  }
-  static void store(int32_t* p, Sum v) { memcpy(p, &v, sizeof v); }
-};
-#endif
+#include "vector.h"
 
-constexpr int kColumns = V::kLanes * V::kVectors;  // channels of a register tile
-constexpr int kBytes = 4 * V::kLanes;              // of a vector
-
-// Register arrays stay in registers only if the loops over them are unrolled before the compiler splits arrays.
-#if defined(__clang__)
-#define MQ_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define MQ_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MQ_UNROLL
-#endif
-
-// What to fetch into the second-level cache while a tile is computed: the next panel. Without it memory waits while
-// the second and later tiles of a panel compute on cached weights.
-struct Ahead {
-  const int8_t* at;
-  const int8_t* end;
-  int lines;  // of 64 bytes, for each step
-};
-
-inline int32_t four_at(const uint8_t* x) {
-  int32_t four;
-  memcpy(&four, x, 4);
-  return four;
-}
-
-// sums[MR][kPanel] of MR rows and kColumns channels over all of k. `steps` counts stored 256-byte groups.
-template <int MR, bool kFourBit>
-__attribute__((always_inline)) inline void register_tile(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps,
-                                                          Ahead ahead, int32_t* sums) {
-  typename V::Sum sum[MR][V::kVectors];
-  MQ_UNROLL
-  for (int r = 0; r < MR; ++r)
-    MQ_UNROLL
-    for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::zero();
-  for (int64_t s = 0; s < steps; ++s, w += 4 * kPanel) {
-    for (int l = 0; l < ahead.lines; ++l, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
-    if constexpr (kFourBit) {
-      typename V::Wgt high[V::kVectors], low[V::kVectors];
-      MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v) {
-        const typename V::Raw raw = V::load(w + v * kBytes);
-        high[v] = V::weight(V::high(raw));
-        low[v] = V::weight(V::low(raw));
-      }
-      MQ_UNROLL
-      for (int r = 0; r < MR; ++r) {
-        const typename V::Act first = V::activation(four_at(x + r * ldx + 8 * s));
-        MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::dot(sum[r][v], first, high[v]);
-        const typename V::Act second = V::activation(four_at(x + r * ldx + 8 * s + 4));
-        MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::dot(sum[r][v], second, low[v]);
-      }
-    } else {
-      typename V::Wgt weight[V::kVectors];
-      MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v) weight[v] = V::weight(V::load(w + v * kBytes));
-      MQ_UNROLL
-      for (int r = 0; r < MR; ++r) {
-        const typename V::Act four = V::activation(four_at(x + r * ldx + 4 * s));
-        MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::dot(sum[r][v], four, weight[v]);
-      }
-    }
-  }
-  MQ_UNROLL
-  for (int r = 0; r < MR; ++r)
-    MQ_UNROLL
-    for (int v = 0; v < V::kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, sum[r][v]);
-}
-
-template <int MR, bool kFourBit>
-void rows_of_panel(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps, Ahead ahead, int32_t* sums) {
-  for (int c = 0; c < kPanel; c += kColumns, ahead.lines = 0)
-    register_tile<MR, kFourBit>(x, ldx, w + 4 * c, steps, ahead, sums + c);
-}
-
-using TileFn = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, Ahead, int32_t*);
-const TileFn kTiles[2][kRows] = {
-    {rows_of_panel<1, false>, rows_of_panel<2, false>, rows_of_panel<3, false>, rows_of_panel<4, false>,
-     rows_of_panel<5, false>, rows_of_panel<6, false>},
-    {rows_of_panel<1, true>, rows_of_panel<2, true>, rows_of_panel<3, true>, rows_of_panel<4, true>,
-     rows_of_panel<5, true>, rows_of_panel<6, true>},
-};
+#include "rows.h"
+#include "attention.h"
 
 // Nibbles to bytes 16 * code.
 void unpack(const int8_t* packed, int64_t steps, int8_t* out) {
@@ -239,9 +40,13 @@ inline uint16_t to_bfloat16(float value) {  // round to nearest, ties to even; v
 // is that of optimum_mobilequant.numerics.integer.requantize, bit for bit.
 void finish_row(const Linear& a, int64_t row, int64_t column, int width, const int32_t* row_sum, int32_t* sums) {
   const int shift = a.bits == 4 ? 4 : 0;
-  const int32_t* bias = a.bias + column;
-  for (int i = 0; i < width; ++i)
-    sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i] >> shift) + static_cast<uint32_t>(bias[i]));
+  if (a.bias) {
+    const int32_t* bias = a.bias + column;
+    for (int i = 0; i < width; ++i)
+      sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i] >> shift) + static_cast<uint32_t>(bias[i]));
+  } else if (shift) {
+    for (int i = 0; i < width; ++i) sums[i] >>= shift;
+  }
   if (V::kOffset != 0)
     for (int i = 0; i < width; ++i)
       sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) +
@@ -265,14 +70,14 @@ void finish_row(const Linear& a, int64_t row, int64_t column, int width, const i
   } else {
     const int32_t* mantissa = a.mantissa + column;
     const int32_t* shift_by = a.mantissa + a.n + column;
-    const int64_t low = -a.zero_point, high = a.qmax - a.zero_point;
-    for (int i = 0; i < width; ++i) {
-      const int64_t product = static_cast<int64_t>(sums[i]) * mantissa[i];
-      const int64_t places = shift_by[i];
-      int64_t v = (product + ((int64_t{1} << (places - 1)) - 1) + ((product >> places) & 1)) >> places;
-      v = v < low ? low : v;
-      v = v > high ? high : v;
-      steps[i] = static_cast<int32_t>(v);
+    if (a.low) {
+      for (int i = 0; i < width; ++i)
+        steps[i] = clamped(rounding_shift(static_cast<int64_t>(sums[i]) * mantissa[i], shift_by[i]),
+                           a.low[column + i], a.high[column + i]);
+    } else {
+      const int64_t low = -a.zero_point, high = a.qmax - a.zero_point;
+      for (int i = 0; i < width; ++i)
+        steps[i] = clamped(rounding_shift(static_cast<int64_t>(sums[i]) * mantissa[i], shift_by[i]), low, high);
     }
   }
   switch (a.output) {
@@ -286,6 +91,9 @@ void finish_row(const Linear& a, int64_t row, int64_t column, int width, const i
       for (int i = 0; i < width; ++i) out[i] = steps[i] + a.zero_point;
       return;
     }
+    case kSteps:
+      memcpy(static_cast<int32_t*>(a.out) + at, steps, width * sizeof(int32_t));
+      return;
     case kGridFloat:
     case kGridBFloat16:
       for (int i = 0; i < width; ++i) value[i] = static_cast<float>(steps[i]) * a.scale;
@@ -356,6 +164,7 @@ void quantize(const void* x, int bf16, int64_t count, float scale, int32_t zero_
 
 }  // namespace
 
-extern const Isa MQ_ISA = {run_panel, quantize};
+extern const Isa MQ_ISA = {run_panel, quantize, wide_row, centre_row, add_row, norm_row, store_row, reals_row,
+                           product_row, head_row, attend};
 
 }  // namespace mq

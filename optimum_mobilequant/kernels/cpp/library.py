@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -26,6 +27,15 @@ _FUNCTIONS = {
         c_int,
         [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 4, c_float, c_int, c_int],
     ),
+    "mq_linear_wide": (
+        c_int, [*[c_void_p] * 2, c_int64, *[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 4, c_float, c_int, c_int],
+    ),
+    "mq_layer_fields": (c_char_p, []),
+    "mq_layer": (
+        c_int,
+        [*[c_void_p] * 4, c_int64, c_void_p, *[c_int64] * 2, *[c_void_p] * 3, *[c_int64] * 4, *[c_void_p] * 5, c_int, c_int],
+    ),
+    "mq_norm": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int]),
     "mq_quantize": (None, [c_void_p, c_int, c_int64, c_float, c_int, c_void_p, c_int, c_int]),
 }
 
@@ -143,6 +153,58 @@ class Library:
         )  # fmt: skip
         if failure:
             raise _FAILURES[failure](f"a linear layer of {columns} columns on {count} rows: {_REASONS[failure]}")
+        return out
+
+    def linear_wide(self, x: Tensor, packed: Packed, output: Output, bits: int) -> Tensor:
+        """The layer on 16-bit codes, int32 ``[rows, in]`` contiguous; ``output``: 16-bit codes or grid values."""
+        (count, columns), rows, zero = x.shape, packed.bias.shape[0], packed.weight_zero_point
+        out = torch.empty((count, rows), dtype=output.dtype, device="cpu")
+        failure = self._library.mq_linear_wide(
+            x.data_ptr(), packed.weight.data_ptr(), packed.weight.numel(), packed.bias.data_ptr(),
+            None if zero is None else zero.data_ptr(), packed.multiplier.data_ptr(), out.data_ptr(),
+            count, rows, columns, bits, _OUTPUTS[output.dtype, True], output.zero_point, output.qmax, output.scale,
+            torch.get_num_threads(), self._isa,
+        )  # fmt: skip
+        if failure:
+            raise _FAILURES[failure](f"a linear layer of {columns} columns on {count} rows: {_REASONS[failure]}")
+        return out
+
+    def layer_fields(self) -> list[str]:
+        """Names of the numbers that a block of constants of :meth:`layer` starts with."""
+        return [name for name in self._library.mq_layer_fields().decode().split(",") if name]
+
+    def layer(
+        self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, key_sums: Tensor,
+        values: Tensor, past: int, block: Tensor, weights: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """A decoder layer; see ``layer.h``. All tensors contiguous, floats float32.
+
+        Args:
+            x: ``[batch, sequence, hidden]``. mask: ``[batch or 1, 1, sequence, columns]`` or None.
+            cos, sin: ``[batch or 1, sequence, rotary dims]``. keys, key_sums, values: the cache, written at ``past``.
+            block: constants. weights: packed, of qkv, o, gate and up, down.
+        """
+        out = torch.empty_like(x)
+        batch, sequence, _ = x.shape
+        failure = self._library.mq_layer(
+            x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[0],
+            None if mask is None else mask.data_ptr(), 1 if mask is None else mask.shape[0],
+            0 if mask is None else mask.shape[3], keys.data_ptr(), key_sums.data_ptr(), values.data_ptr(),
+            key_sums.shape[2], past, batch, sequence, block.data_ptr(), *(weight.data_ptr() for weight in weights),
+            torch.get_num_threads(), self._isa,
+        )  # fmt: skip
+        if failure:
+            raise MemoryError(f"no memory for a decoder layer on {batch} x {sequence} tokens after {past}")
+        return out
+
+    def norm(self, x: Tensor, block: Tensor) -> Tensor:
+        """A norm of float32 rows ``[..., width]``, contiguous, on its input's grid."""
+        out = torch.empty_like(x)
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        if self._library.mq_norm(
+            x.data_ptr(), out.data_ptr(), rows, block.data_ptr(), torch.get_num_threads(), self._isa
+        ):
+            raise MemoryError(f"no memory for a norm of {rows} rows")
         return out
 
     def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:

@@ -1,0 +1,221 @@
+"""Decoder layers computed by one fused kernel each: codes inside, floats on the residual grid between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kernels import LinearSpec, cpp
+from ..kernels.spec import Packed
+from ..nn import QWeight
+from ..plan import Plan
+from .blocks import Block, LayerBlock, NotFused, layer_block, norm_numbers
+from .cache import PANEL, IntegerCacheLayer, integer_layer
+
+_NAMES = ("qkv", "proj", "gate_up", "down")
+
+
+class FusedLinears(nn.Module):
+    """Base of modules that own packed weights: nothing of theirs is cast, moved or saved."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinears:
+        return self
+
+
+class Slice:
+    """Some output channels of a fused weight: what :class:`~..nn.QWeight` reads its codes from."""
+
+    def __init__(self, owner: PackedLayer, name: str, start: int, stop: int):
+        self.owner, self.name, self.start, self.stop = owner, name, start, stop
+
+    def codes(self) -> Tensor:
+        return self.rows(torch.arange(self.stop - self.start))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        spec, weight = self.owner.specs[self.name], getattr(self.owner, self.name)
+        return cpp.unpack_rows(spec, Packed(weight, weight, weight, None, 0), ids + self.start)
+
+
+class PackedLayer(FusedLinears):
+    """The kernel of one decoder layer; its weights' codes live here, packed.
+
+    Buffers: ``constants`` uint8, and the packed ``qkv``, ``proj``, ``gate_up`` and ``down``.
+    """
+
+    constants: Tensor
+
+    def __init__(self, block: LayerBlock, index: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.index, self.kv_heads, self.head_dim = index, kv_heads, head_dim
+        self.specs: dict[str, LinearSpec] = {}
+        self.register_buffer("constants", block.constants, persistent=False)
+        for name, linear in zip(_NAMES, block.linears, strict=True):
+            self.specs[name] = linear.spec
+            packed = cpp.library().pack(linear.codes.contiguous(), linear.bits)
+            self.register_buffer(name, packed, persistent=False)
+
+    def take(self, weights: Mapping[str, tuple[QWeight, ...]]) -> None:
+        """Take over the codes of the layer's weights: those of each fused product, in their order."""
+        for name, parts in weights.items():
+            start = 0
+            for weight in parts:
+                weight.hand_over(Slice(self, name, start, start + weight.shape[0]))
+                start += weight.shape[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            x: ``[batch, sequence, hidden]``, values on the layer's input grid.
+            attention_mask: ``[batch or 1, 1, sequence, at least total]``: bool (True is visible) or additive (below 0
+                is hidden); None hides what comes later.
+            position_embeddings: cos and sin ``[batch or 1, sequence, rotary dims]``, on the Q1.14 grid.
+            past_key_values: cache of transformers, or None.
+        """
+        batch, sequence, _ = x.shape
+        if past_key_values is None:
+            held = IntegerCacheLayer(self.kv_heads, self.head_dim, PANEL)
+        else:
+            held = integer_layer(past_key_values, self.index, self.kv_heads, self.head_dim)
+        held.reserve(batch, sequence, x.device)
+        cos, sin = position_embeddings
+        out: Tensor = torch.ops.mobilequant.decoder_layer(
+            x.float().contiguous(), additive(attention_mask), cos.float().contiguous(), sin.float().contiguous(),
+            held.keys, held.key_sums, held.values, held.length, self.constants, self.qkv, self.proj, self.gate_up,
+            self.down,
+        )  # fmt: skip
+        held.length += sequence
+        return out
+
+
+def additive(mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernel reads it: float32, contiguous, below 0 where hidden."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = mask.float() - 1.0
+    return mask.float().contiguous()
+
+
+class FusedForward:
+    """Mixed in before a decoder layer's class: its ``forward`` is the packed kernel's."""
+
+    fused: PackedLayer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,  # options of other attentions, as the decoder layers of transformers take them
+    ) -> Tensor:
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                'fused layers keep no attention probabilities; call set_backend(model, "simulate") to see them'
+            )
+        if position_embeddings is None:
+            raise ValueError("a fused layer takes position_embeddings: (cos, sin) from the model's rotary module")
+        out: Tensor = self.fused(hidden_states, attention_mask, position_embeddings, past_key_values)
+        return out
+
+
+@cache
+def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a decoder layer's class that computes with the kernel; the same one for each class."""
+    return type(f"Fused{kind.__name__}", (FusedForward, kind), {"fused_from": kind})
+
+
+class PackedNorm(FusedLinears):
+    """A norm on integers: floats on its input's grid in, float32 values on its output's grid out.
+
+    Args:
+        constants: what ``mq_norm`` reads.
+    """
+
+    constants: Tensor
+
+    def __init__(self, constants: Tensor):
+        super().__init__()
+        self.register_buffer("constants", constants, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mobilequant.norm(x.float().contiguous(), self.constants)
+        return out
+
+
+_NORM_FIELDS = ("scales", "in_zero", "in_qmax", "unused", "width", "centre", "fraction", "epsilon", "gain", "bias",
+                "zero", "qmax")  # fmt: skip
+
+
+def fuse(model: PreTrainedModel, plan: Plan) -> None:
+    """Swap every decoder layer and the final norm for kernels, which take over the layers' codes.
+
+    Raises:
+        NotFused: something in the model has no place in the kernel; nothing was changed.
+    """
+    from ..graph.build import build_graph
+    from ..graph.operators import Static
+
+    f, g = plan.family, plan.geometry
+    try:
+        graph = build_graph(model, plan)
+    except ValueError as error:
+        raise NotFused(str(error)) from None
+    producers = {op.output: op for op in graph.ops}
+    final = producers[f"{f.final_norm}.output"]
+    block = Block(_NORM_FIELDS)
+    source, out = Static(graph, final.inputs[0]), Static(graph, final.output)
+    block.put("", scales=torch.tensor([source.scale, out.scale], dtype=torch.float32), in_zero=source.zero)
+    block.put("", in_qmax=source.grid.qmax, unused=0, **norm_numbers(graph, final))
+    packed: list[PackedLayer] = []
+    try:
+        for i in range(g.layers):
+            made = PackedLayer(layer_block(graph, plan, i, producers), i, g.kv_heads, g.head_dim)
+            parts = ((f.query, f.key, f.value), (f.out,), (f.gate, f.up), (f.down,))
+            made.take({n: tuple(_weight(model, f.layer(i, p)) for p in ps) for n, ps in zip(_NAMES, parts, strict=True)})
+            packed.append(made)
+    except NotFused:
+        for i in range(g.layers):
+            for module in model.get_submodule(f.layer(i)).modules():
+                if isinstance(module, QWeight):
+                    module.take_back()
+        raise
+    for i, kernel in enumerate(packed):
+        layer: Any = model.get_submodule(f.layer(i))
+        layer.fused = kernel
+        layer.__class__ = fused_class(type(layer))  # as torch's FSDP does: the object, its hooks and children stay
+    norm: Any = model.get_submodule(f.final_norm)
+    norm.kernel = PackedNorm(block.build())
+    embedding: Any = model.get_submodule(f.embedding)
+    embedding.keeps_float32 = True
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo :func:`fuse`, but for the codes."""
+    for module in model.modules():
+        kind = getattr(type(module), "fused_from", None)
+        if kind is not None:
+            module.__class__ = kind
+            del module.fused
+
+
+def _weight(model: nn.Module, path: str) -> QWeight:
+    weight = model.get_submodule(path).weight
+    assert isinstance(weight, QWeight)
+    return weight
