@@ -19,6 +19,7 @@ NAMES = [
     "perplexity",
     "push",
     "quantize",
+    "set_backend",
 ]
 
 

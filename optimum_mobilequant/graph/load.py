@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..hf_quantizer import METHOD, plan_of
+from ..runtime import set_backend
 from ..plan import Plan
 from .build import build_graph
 from .ir import Graph
@@ -55,6 +56,7 @@ def load_graph(checkpoint: Path) -> LoadedGraph:
         model, plan, source = load_quanto(checkpoint)
         return LoadedGraph(checkpoint, method, model, plan, build_graph(model, plan, source))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    set_backend(model, "simulate")  # who wants integers has the graph
     plan = plan_of(model, model.config.quantization_config)
     return LoadedGraph(checkpoint, method, model, plan, build_graph(model, plan))
 

@@ -133,7 +133,12 @@ class Weights:
         return factor / output.scale if output.qmax else factor
 
     def largest_total(self, spec: LinearSpec) -> int:
-        """A bound on the magnitude of a total over all inputs."""
+        """A bound on the magnitude of a total over all inputs; exact only where it comes near 2**31."""
+        rough = self.codes.shape[1] * 256 * 2**spec.activation_bits
+        if self.bias is not None:
+            rough += int(self.bias.to(torch.int64).abs().max())
+        if rough < 2**31:
+            return rough
         wide = self.codes.to(torch.int64)
         if self.zero_point is not None:
             wide -= self.zero_point.to(torch.int64)[:, None]

@@ -16,7 +16,7 @@ from tests.tiny import FAMILIES, build, config, logits_of, plan_of, probe_ids
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def quantized(request):
-    return quantize(build(request.param), None, config("w8a8"))
+    return quantize(build(request.param), None, config("w8a8", backend="simulate"))
 
 
 def padded(ids, by):
