@@ -1,4 +1,4 @@
-"""Random models of any shape, float and quantized, made in seconds: what a speed or a memory depends on is the shape."""
+"""Random models of any shape, float and quantized, made in seconds: speed and memory depend on the shape alone."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..hf_quantizer import METHOD, plan_of
-from ..runtime import set_backend
 from ..plan import Plan
+from ..runtime import set_backend
 from .build import build_graph
 from .ir import Graph
 from .quanto import QMAP, load_quanto

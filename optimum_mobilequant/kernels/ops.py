@@ -113,9 +113,7 @@ def _layer(
         mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2] != sequence or mask.shape[3] < total
     ):
         raise ValueError(f"the mask is {list(mask.shape)}, and {batch} x {sequence} of {total} positions are computed")
-    return cpp.library().layer(
-        x, mask, cos, sin, keys, key_sums, values, past, constants, (qkv, proj, gate_up, down)
-    )
+    return cpp.library().layer(x, mask, cos, sin, keys, key_sums, values, past, constants, (qkv, proj, gate_up, down))
 
 
 def _layer_shape(

@@ -186,15 +186,20 @@ class QWeight(nn.Module):
         if self._holder is not None:
             codes, (owner, name) = self._holder.codes(), self._place
             self._holder = None
-            stored = pack_int4(codes) if isinstance(owner, _Packed) else codes.contiguous()
-            setattr(owner, name, nn.Parameter(stored, requires_grad=False))
+            setattr(owner, name, nn.Parameter(self._stored(codes), requires_grad=False))
 
     @property
     def _place(self) -> tuple[nn.Module, str]:
         """Module and name of the parameter that holds the codes."""
         if self.rule.bits == 4 and len(self.shape) == 2:
             return self._data, "_data"
-        return self, "_data" if self.is_quanto else "_codes"
+        return self, "_data" if self.is_quanto else "_planes" if self.rule.bits == 3 else "_codes"
+
+    def _stored(self, codes: Tensor) -> Tensor:
+        """Codes in the layout of their parameter."""
+        if self.rule.bits == 4 and codes.ndim == 2:
+            return pack_int4(codes)
+        return pack_planes(codes, 3) if self.rule.bits == 3 else codes.contiguous()
 
     def as_quanto(self) -> Tensor:
         """This weight as an optimum-quanto tensor, sharing the integers.
@@ -243,9 +248,9 @@ class QWeight(nn.Module):
 def _insert_codes(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State-dict hook: the codes that a kernel holds, under the key they are stored by."""
     if module.holder is not None:
-        key = prefix + ("_data._data" if isinstance(module._place[0], _Packed) else module._place[1])
-        codes = module.codes
-        state[key] = pack_int4(codes) if key.endswith("_data._data") else codes.contiguous()
+        owner, name = module._place
+        key = prefix + ("_data._data" if isinstance(owner, _Packed) else name)
+        state[key] = module._stored(module.codes)
 
 
 def _take_back(module: Any, *args: Any) -> None:

@@ -17,6 +17,7 @@ from ..numerics.integer import Multiplier
 from ..numerics.integer_elementwise import lookup_table, shared_multipliers
 from ..numerics.integer_rows import ExpTables, NormConstants
 from ..plan import Plan
+from .linear import KERNEL_BITS
 
 _ALIGNMENT = 64
 _LARGEST_HEAD = 1024  # of the kernel's stack
@@ -117,9 +118,10 @@ def _linear(block: Block, prefix: str, graph: Graph, ops: Sequence[Op]) -> Fused
     """Put the numbers of linears that read the same tensor; their weights are returned."""
     x = Static(graph, ops[0].inputs[0])
     codes, bias, factor, zeros, low, high = [], [], [], [], [], []
-    bits = {encoding_of(graph, op.inputs[1]).grid.bits for op in ops}
-    if len(bits) != 1:
-        raise NotFused(f"{ops[0].name} and the layers beside it have weights of different bits")
+    bits = max(encoding_of(graph, op.inputs[1]).grid.bits for op in ops)
+    if bits not in KERNEL_BITS:
+        raise NotFused(f"{ops[0].name} has {bits}-bit weights, and kernels take up to 8")
+    bits = KERNEL_BITS[bits]  # narrower codes beside wider ones are stored like these
     for op in ops:
         encoding, out = encoding_of(graph, op.inputs[1]), Static(graph, op.output)
         weight = graph.constants[op.inputs[1]]()
@@ -142,11 +144,11 @@ def _linear(block: Block, prefix: str, graph: Graph, ops: Sequence[Op]) -> Fused
         folded = ((folded + 2**31) % 2**32 - 2**31).to(torch.int32)
     joined = torch.cat(codes)
     block.put(
-        prefix, **{"in": joined.shape[1]}, out=joined.shape[0], bits=max(bits), planes=x.grid.bits // 8, bias=folded,
+        prefix, **{"in": joined.shape[1]}, out=joined.shape[0], bits=bits, planes=x.grid.bits // 8, bias=folded,
         multiplier=pack_multiplier(torch.cat(factor), Output(torch.int32, 1)), low=torch.cat(low),
         high=torch.cat(high), weight_zero=zero if bool(zero.any()) else None,
     )  # fmt: skip
-    return FusedLinear(tuple(op.name for op in ops), joined, max(bits))
+    return FusedLinear(tuple(op.name for op in ops), joined, bits)
 
 
 def _rotation(block: Block, prefix: str, graph: Graph, op: Op) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -188,7 +186,9 @@ def fuse(model: PreTrainedModel, plan: Plan) -> None:
         for i in range(g.layers):
             made = PackedLayer(layer_block(graph, plan, i, producers), i, g.kv_heads, g.head_dim)
             parts = ((f.query, f.key, f.value), (f.out,), (f.gate, f.up), (f.down,))
-            made.take({n: tuple(_weight(model, f.layer(i, p)) for p in ps) for n, ps in zip(_NAMES, parts, strict=True)})
+            made.take(
+                {n: tuple(_weight(model, f.layer(i, p)) for p in ps) for n, ps in zip(_NAMES, parts, strict=True)}
+            )
             packed.append(made)
     except NotFused:
         for i in range(g.layers):

@@ -19,6 +19,10 @@ from ..numerics import Grid, quantize
 _TENSORS = ("weight", "bias", "multiplier", "weight_zero_point")
 
 
+# Bits of stored weights -> bits that kernels keep them in.
+KERNEL_BITS = {3: 4, 4: 4, 8: 8}
+
+
 class PackedLinear(nn.Module):
     """What computes a :class:`~..nn.QuantLinear` on integers; its tensors are buffers that no state dict holds.
 
@@ -125,8 +129,16 @@ def pack_linear(
     provider, output = linear._weight(), linear.output
     assert isinstance(provider, QWeight)
     grid = Output.on_grid(float(output.scale), int(output.zero_point), output.spec.grid, torch.float32)
+    if provider.rule.bits not in KERNEL_BITS:
+        operator, reason = f"linear_w{provider.rule.bits}a{input.spec.bits}", "kernels take weights of up to 8 bits"
+        return None, Served(path, operator, "simulate", {"all": reason})
     spec = LinearSpec(
-        provider.rule.bits, input.spec.bits, provider.rule.symmetric, *reversed(provider.shape), provider.device.type, grid
+        KERNEL_BITS[provider.rule.bits],
+        input.spec.bits,
+        provider.rule.symmetric,
+        *reversed(provider.shape),
+        provider.device.type,
+        grid,
     )
     choice = choose_for(spec, backend)
     served = Served(path, spec.op, choice.backend.name, choice.reasons)
