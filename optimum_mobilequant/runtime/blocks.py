@@ -92,7 +92,7 @@ class Block:
 
 def norm_numbers(graph: Graph, op: Op) -> dict[str, int | bool | Tensor | None]:
     """Numbers of a norm, named as in ``layer.cpp``."""
-    x, out = Static(graph, op.inputs[0]), Static(graph, op.output)
+    out = Static(graph, op.output)
     constants = norm_constants(graph, op)
     gain = torch.stack([constants.gain.mantissa, constants.gain.shift]).to(torch.int32)
     return {

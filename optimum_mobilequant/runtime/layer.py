@@ -134,7 +134,7 @@ class FusedForward:
 
 
 @cache
-def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+def fused_class(kind: Any) -> type[nn.Module]:
     """Subclass of a decoder layer's class that computes with the kernel; the same one for each class."""
     return type(f"Fused{kind.__name__}", (FusedForward, kind), {"fused_from": kind})
 
@@ -199,7 +199,8 @@ def fuse(model: PreTrainedModel, plan: Plan) -> None:
     for i, kernel in enumerate(packed):
         layer: Any = model.get_submodule(f.layer(i))
         layer.fused = kernel
-        layer.__class__ = fused_class(type(layer))  # as torch's FSDP does: the object, its hooks and children stay
+        kind: Any = type(layer)
+        layer.__class__ = fused_class(kind)  # as torch's FSDP does: the object, its hooks and children stay
     norm: Any = model.get_submodule(f.final_norm)
     norm.kernel = PackedNorm(block.build())
     embedding: Any = model.get_submodule(f.embedding)

@@ -132,14 +132,11 @@ def pack_linear(
     if provider.rule.bits not in KERNEL_BITS:
         operator, reason = f"linear_w{provider.rule.bits}a{input.spec.bits}", "kernels take weights of up to 8 bits"
         return None, Served(path, operator, "simulate", {"all": reason})
+    rows, columns = provider.shape
     spec = LinearSpec(
-        KERNEL_BITS[provider.rule.bits],
-        input.spec.bits,
-        provider.rule.symmetric,
-        *reversed(provider.shape),
-        provider.device.type,
-        grid,
-    )
+        KERNEL_BITS[provider.rule.bits], input.spec.bits, provider.rule.symmetric, columns, rows,
+        provider.device.type, grid,
+    )  # fmt: skip
     choice = choose_for(spec, backend)
     served = Served(path, spec.op, choice.backend.name, choice.reasons)
     if choice.backend.name == "simulate":
