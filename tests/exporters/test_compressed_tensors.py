@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_mobilequant import quantize
+from optimum_mobilequant import quantize, set_backend
 from optimum_mobilequant.checkpoint.pack import input_of
 from optimum_mobilequant.exporters import compressed_tensors as module
 from optimum_mobilequant.exporters.compressed_tensors import export_compressed_tensors, pack
@@ -48,6 +48,7 @@ def checkpoint(tmp_path_factory):
 def simulated(folder, *, rounds):
     """Our model with only those quantizers on that the exported model has: the inputs of the projections."""
     model = AutoModelForCausalLM.from_pretrained(folder)
+    set_backend(model, "simulate")
     plan = plan_of(model, model.config.quantization_config)
     schemes = choose_schemes(plan, all_inputs=rounds == "all")
     kept = {input_of(plan, path) for path, scheme in schemes.items() if scheme.input_bits is not None}
