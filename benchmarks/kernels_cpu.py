@@ -194,7 +194,7 @@ def _drop_in(backend: str, bits: int) -> Callable[[int, int], Callable[[Tensor, 
     def make(out: int, columns: int) -> Callable[[Tensor, Tensor], Tensor]:
         layer = _layer(backend, bits, REAL, out, columns)
         quantize = torch.ops.mobilequant.quantize
-        return lambda x, codes: layer(quantize(x, scale, zero_point, quantizer))
+        return lambda x, codes: layer(quantize(x, scale, zero_point, 8, quantizer))
 
     return make
 

@@ -144,7 +144,18 @@ class QWeight(nn.Module):
     @property
     def nibbles(self) -> Tensor:
         """4-bit codes of a weight with groups, int8 ``[out, in]``."""
+        if self._holder is not None:
+            return self._divided(self._holder.codes())
         return unpack_int4(self._nibbles, self.shape[0])
+
+    def _divided(self, codes: Tensor) -> Tensor:
+        """4-bit codes of a weight with groups from its 8-bit ones."""
+        return codes // spread(self._multiplier, self.rule.group, self.shape[1]).to(torch.int8)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of :attr:`codes`."""
+        return 8 if self.rule.group else self.rule.bits
 
     @property
     def multiplier(self) -> Tensor:
@@ -159,7 +170,7 @@ class QWeight(nn.Module):
         """Dequantized rows, float32 ``[*ids.shape, in]``, for an embedding, without touching the other rows."""
         if self._holder is not None:
             codes = self._holder.rows(ids)
-        elif self.rule.bits == 4:
+        elif self.rule.bits == 4 and not self.rule.group:
             codes = unpack_int4_rows(self._data._data, ids, self.shape[0])
         elif self.rule.bits == 3:
             codes = unpack_planes_rows(self._planes, ids)
@@ -191,12 +202,16 @@ class QWeight(nn.Module):
     @property
     def _place(self) -> tuple[nn.Module, str]:
         """Module and name of the parameter that holds the codes."""
+        if self.rule.group:
+            return self, "_nibbles"
         if self.rule.bits == 4 and len(self.shape) == 2:
             return self._data, "_data"
         return self, "_data" if self.is_quanto else "_planes" if self.rule.bits == 3 else "_codes"
 
     def _stored(self, codes: Tensor) -> Tensor:
         """Codes in the layout of their parameter."""
+        if self.rule.group:
+            return pack_int4(self._divided(codes))
         if self.rule.bits == 4 and codes.ndim == 2:
             return pack_int4(codes)
         return pack_planes(codes, 3) if self.rule.bits == 3 else codes.contiguous()

@@ -148,7 +148,7 @@ def fuse_layers(model: PreTrainedModel, plan: Plan, runtime: Runtime, devices: s
     for path in linears_of(plan):
         linear: Any = model.get_submodule(path)
         bits = model.get_submodule(input_of(plan, path)).spec.bits  # type: ignore[union-attr]
-        runtime.served[path] = Served(path, f"linear_w{linear._weight().rule.bits}a{bits}, fused", "cpp", {})
+        runtime.served[path] = Served(path, f"linear_w{linear._weight().code_bits}a{bits}, fused", "cpp", {})
     return True
 
 

@@ -129,12 +129,12 @@ def pack_linear(
     provider, output = linear._weight(), linear.output
     assert isinstance(provider, QWeight)
     grid = Output.on_grid(float(output.scale), int(output.zero_point), output.spec.grid, torch.float32)
-    if provider.rule.bits not in KERNEL_BITS:
+    if provider.code_bits not in KERNEL_BITS:
         operator, reason = f"linear_w{provider.rule.bits}a{input.spec.bits}", "kernels take weights of up to 8 bits"
         return None, Served(path, operator, "simulate", {"all": reason})
     rows, columns = provider.shape
     spec = LinearSpec(
-        KERNEL_BITS[provider.rule.bits], input.spec.bits, provider.rule.symmetric, columns, rows,
+        KERNEL_BITS[provider.code_bits], input.spec.bits, provider.rule.symmetric, columns, rows,
         provider.device.type, grid,
     )  # fmt: skip
     choice = choose_for(spec, backend)

@@ -130,12 +130,12 @@ def test_compiled_once_and_then_read(few_units, cache, monkeypatch, tmp_path):
 def test_kernels_that_compute_wrongly_are_not_used(few_units, cache, messages, monkeypatch, tmp_path):
     sources = tmp_path / "sources"
     shutil.copytree(building._HERE, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    text = (sources / "kernel.cpp").read_text(encoding="utf-8")
+    text = (sources / "vector.h").read_text(encoding="utf-8")
     wrong = text
     for right in ("_mm512_slli_epi16(v, 4)", "_mm256_slli_epi16(v, 4)", "vshlq_n_s8(v, 4)"):
         assert right in text
         wrong = wrong.replace(right, right.replace("4)", "5)"))
-    (sources / "kernel.cpp").write_text(wrong, encoding="utf-8")
+    (sources / "vector.h").write_text(wrong, encoding="utf-8")
     monkeypatch.setattr(building, "_HERE", sources)
     if library().isa == "generic":
         pytest.skip("the portable kernel is what the others are checked against")
