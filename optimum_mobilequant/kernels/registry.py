@@ -49,9 +49,7 @@ class Backend:
 
 def _backend(name: str, module: ModuleType, summary: str, *, integer: bool, groups: bool = False) -> Backend:
     unpack = getattr(module, "unpack", None)
-    return Backend(
-        name, summary, module.available, module.supports, module.pack, module.run, integer, groups, unpack
-    )
+    return Backend(name, summary, module.available, module.supports, module.pack, module.run, integer, groups, unpack)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -150,7 +150,7 @@ class QWeight(nn.Module):
 
     def _divided(self, codes: Tensor) -> Tensor:
         """4-bit codes of a weight with groups from its 8-bit ones."""
-        return codes // spread(self._multiplier, self.rule.group, self.shape[1]).to(torch.int8)
+        return codes // spread(self._multiplier, self.rule.group or 0, self.shape[1]).to(torch.int8)
 
     @property
     def code_bits(self) -> int:

@@ -24,6 +24,8 @@ class IntegerCacheLayer(CacheLayerMixin):
 
     Args:
         kv_heads, dims: of the layer. capacity: positions to have room for at once.
+
+    A prefix of the model takes the first slots; what transformers is told counts the text alone.
     """
 
     is_sliding = False
@@ -33,7 +35,8 @@ class IntegerCacheLayer(CacheLayerMixin):
         super().__init__()
         self.kv_heads, self.dims = kv_heads, dims
         self.wanted = capacity
-        self.length = 0
+        self.length = 0  # slots in use
+        self.front = 0  # of them, slots of the prefix
         self.key_sums: Tensor | None = None
 
     @property
@@ -68,6 +71,13 @@ class IntegerCacheLayer(CacheLayerMixin):
             sums[:, :, :old] = self.key_sums
         self.keys, self.values, self.key_sums, self.is_initialized = keys, values, sums, True
 
+    def begin(self, batch: int, prefix: tuple[Tensor, Tensor] | None, device: torch.device) -> None:
+        """Fill an empty cache with the prefix, codes ``[kv_heads, length, dims]`` of keys and values."""
+        if prefix is not None and self.length == 0:
+            self.reserve(batch, 0, device)
+            self.write(*(codes.to(device).expand(batch, -1, -1, -1) for codes in prefix))
+            self.front = self.length
+
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes of the cached keys and values, uint8 ``[batch, kv_heads, length, dims]``."""
         if self.keys is None or self.values is None:
@@ -97,22 +107,22 @@ class IntegerCacheLayer(CacheLayerMixin):
         raise TypeError(_FOREIGN)
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.length - self.front
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.length - self.front + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
         self.keys = self.values = self.key_sums = None
-        self.is_initialized, self.length = False, 0
+        self.is_initialized, self.length, self.front = False, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many of the last tokens to remove")
-        self.length = max(0, self.length + tokens_to_remove)
+        self.length = max(self.front, self.length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

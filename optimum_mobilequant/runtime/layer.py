@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..kernels import LinearSpec, cpp
@@ -49,9 +50,11 @@ class PackedLayer(FusedLinears):
 
     constants: Tensor
 
-    def __init__(self, block: LayerBlock, index: int, kv_heads: int, head_dim: int):
+    def __init__(
+        self, block: LayerBlock, index: int, kv_heads: int, head_dim: int, prefix: tuple[Tensor, Tensor] | None
+    ):
         super().__init__()
-        self.index, self.kv_heads, self.head_dim = index, kv_heads, head_dim
+        self.index, self.kv_heads, self.head_dim, self.prefix = index, kv_heads, head_dim, prefix
         self.specs: dict[str, LinearSpec] = {}
         self.register_buffer("constants", block.constants, persistent=False)
         for name, linear in zip(_NAMES, block.linears, strict=True):
@@ -88,10 +91,14 @@ class PackedLayer(FusedLinears):
             held = IntegerCacheLayer(self.kv_heads, self.head_dim, PANEL)
         else:
             held = integer_layer(past_key_values, self.index, self.kv_heads, self.head_dim)
+        held.begin(batch, self.prefix, x.device)
         held.reserve(batch, sequence, x.device)
+        mask = additive(attention_mask)
+        if mask is not None and held.front:
+            mask = F.pad(mask, (held.front, 0))  # every position sees the prefix
         cos, sin = position_embeddings
         out: Tensor = torch.ops.mobilequant.decoder_layer(
-            x.float().contiguous(), additive(attention_mask), cos.float().contiguous(), sin.float().contiguous(),
+            x.float().contiguous(), mask, cos.float().contiguous(), sin.float().contiguous(),
             held.keys, held.key_sums, held.values, held.length, self.constants, self.qkv, self.proj, self.gate_up,
             self.down,
         )  # fmt: skip
@@ -184,7 +191,8 @@ def fuse(model: PreTrainedModel, plan: Plan) -> None:
     packed: list[PackedLayer] = []
     try:
         for i in range(g.layers):
-            made = PackedLayer(layer_block(graph, plan, i, producers), i, g.kv_heads, g.head_dim)
+            prefix = (graph.prefix[f"past_key_{i}"], graph.prefix[f"past_value_{i}"]) if graph.prefix else None
+            made = PackedLayer(layer_block(graph, plan, i, producers), i, g.kv_heads, g.head_dim, prefix)
             parts = ((f.query, f.key, f.value), (f.out,), (f.gate, f.up), (f.down,))
             made.take(
                 {n: tuple(_weight(model, f.layer(i, p)) for p in ps) for n, ps in zip(_NAMES, parts, strict=True)}

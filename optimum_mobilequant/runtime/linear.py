@@ -147,16 +147,19 @@ def pack_linear(
         steps = input.scale * scale.reshape(-1)
         zero = torch.zeros_like(steps, dtype=torch.int32)
         bias = quantize(bias.detach().to(scale.device), steps, zero, Grid(32, signed=True))  # type: ignore[assignment]
+    grouped = bool(provider.rule.group) and provider.device.type != "cpu"  # CPU kernels take their 8-bit products
     packed = prepare(
-        provider.codes.to(scale.device),
+        (provider.nibbles if grouped else provider.codes).to(scale.device),
         scale,
-        weight_bits=spec.weight_bits,
+        weight_bits=provider.rule.bits if grouped else spec.weight_bits,
         input_scale=float(input.scale),
         input_zero_point=int(input.zero_point),
         output=grid,
         zero_point=provider.zero_point,
         bias=bias,  # type: ignore[arg-type]
         activation_bits=spec.activation_bits,
+        multiplier=provider.multiplier if grouped else None,
+        group=(provider.rule.group or 0) if grouped else 0,
         backend=choice.backend.name,
     )
     kernel = PackedLinear(packed, input)
