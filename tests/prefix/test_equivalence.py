@@ -60,7 +60,7 @@ def test_wrong_prefixes_are_seen():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
-    return quantized(request.param)
+    return quantized(request.param, backend="simulate")
 
 
 def test_decoding_equals_prefill(model):
