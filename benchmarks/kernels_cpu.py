@@ -224,7 +224,7 @@ def _torchao(out: int, columns: int) -> Callable[[Tensor, Tensor], Tensor]:
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
 
     def call(x: Tensor, codes: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():  # torchao 0.18 fails in inference mode
             result: Tensor = model(x)
         return result
 

@@ -84,8 +84,8 @@ def compare_speed(
         threads: of torch and of ONNX Runtime; None keeps torch's.
 
     Returns:
-        ``contenders`` (name -> :meth:`Speed.summary`), ``ratios`` (peer -> :meth:`Speed.ratios` of the checkpoint), and
-        under which conditions.
+        ``contenders`` (name -> :meth:`Speed.summary`), ``ratios`` (peer -> :meth:`Speed.ratios` of the checkpoint) and
+        the conditions.
 
     Raises:
         ValueError: a folder without a checkpoint of this package; an unknown peer; more tokens than positions.

@@ -97,7 +97,9 @@ def _onnxruntime(subject: Subject) -> Runner:
 PEERS: dict[str, Peer] = {
     "bf16": Peer("transformers, bfloat16, eager", "transformers", "transformers", _bfloat16),
     "bf16-compile": Peer("the same through torch.compile", "torch", "torch", _compiled),
-    "quanto": Peer("optimum-quanto, weights alone, the checkpoint's bits", "optimum.quanto", "optimum-quanto", _quanto),
+    "quanto": Peer(
+        "optimum-quanto, weights alone, the checkpoint's bits", "optimum.quanto", "optimum-quanto", _quanto
+    ),
     "torchao": Peer("torchao, int8 weights, dynamic int8 activations", "torchao", "torchao", _torchao),
     "onnxruntime": Peer(
         "the checkpoint exported to onnx, all graph optimizations", "onnxruntime", "onnxruntime onnx", _onnxruntime

@@ -36,12 +36,12 @@ class TransformersRunner:
         self.weight_bytes = resident_bytes(model)
         self._cache: Any = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, ids: Tensor) -> int:
         self._cache = None
         return self._step(ids[None])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def write(self, token: int) -> int:
         return self._step(torch.tensor([[token]]))
 
