@@ -137,3 +137,16 @@ def test_fidelity_measures_each_checkpoint_once_and_names_what_is_absent(run, fo
     second = json.loads((folder / "fidelity.json").read_text())
     assert second["rows"][0] == row and [r["preset"] for r in second["rows"]] == ["w8a8", "w4a8"]
     assert "was measured with" in run("fidelity.py", *sizes, "--append", "--seed", 1)
+
+
+def test_tuning_speed_runs_checkouts_by_turns(run, folder, capsys):
+    sizes = ["--batch", 2, "--length", 16, "--samples", 4, "--steps", 3]
+    baseline = ["--baseline", f"same={tiny.ROOT}"]
+    assert run("tuning_speed.py", "--model", "models/small", "--out", "tuning.json", *sizes, *baseline) is None
+    found = json.loads((folder / "tuning.json").read_text())["contenders"]
+    assert found.keys() == {"this", "same"}
+    for row in found.values():
+        assert row["tokens_per_wall_s"] > 0 and row["tokens_per_cpu_s"] > 0 and row["peak_bytes"] > 0
+    assert found["this"]["history"] == found["same"]["history"], "the same code should learn the same"
+    assert found["same"]["wall_speed_of_this"] > 0 and found["this"]["wall_speed_of_this"] == 1
+    assert "no package" in run("tuning_speed.py", "--model", "models/small", "--baseline", f"none={folder}")
