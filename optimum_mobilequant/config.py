@@ -60,16 +60,24 @@ class MobileQuantConfig(QuantizationConfigMixin):
         steps: optimiser steps (for each layer when block-wise); 0 trains nothing.
         objective: ``"logits_kl"`` or ``"hidden_mse"``.
         tuning: ``"end-to-end"``, ``"block-wise"`` or ``"none"``.
-        transforms: sites to transform, any of ``norm_qkv``, ``norm_mlp``, ``up_down``, ``v_o``, ``q_k``.
+        transforms: sites to transform, any of ``norm_qkv``, ``norm_mlp``, ``up_down``, ``v_o``, ``q_k`` (scales),
+            ``v_o_dense`` and ``q_k_rotation`` (matrices).
+        rotate: ``"r1"`` rotates the residual stream, ``"r2"`` the values of each KV head, ``"r1r2"`` both; all merge
+            into weights. None means as the recipe says.
+        untie: give a head that shares the embedding's table a table of its own (vocabulary x hidden bytes at 8 bits);
+            ``rotate="r1"`` needs it.
         smoothing: ``"balance"`` (SmoothQuant) or ``"adaptive"`` (QQQ). smooth_alpha: strength of the former in [0, 1].
-        learn_transforms, learn_clips, learn_ranges: what training moves.
-        range_init: ``"minmax"``, ``"percentile"`` or ``"mse"``. clip_init: ``"none"`` or ``"mse"``.
+        learn_transforms, learn_matrices, learn_clips, learn_ranges: what training moves.
+        range_init: ``"minmax"``, ``"percentile"``, ``"mse"``, ``"lp"`` (errors to the power ``range_norm``) or
+            ``"output"`` (least error of each layer's output). clip_init: ``"none"`` or ``"mse"``.
+        bias_correction: take the mean error of each channel out of the biases of projections; they get one where the
+            architecture has a flag for it.
         rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.
         rounding_steps: optimiser steps of learned rounding.
         magr: reduce the largest weight of each row before ``"gptq"`` or ``"qronos"``.
         rounding_damping: share of the mean of the Hessian's diagonal that these two add to it, in (0, 1].
         rounding_act_order: round the columns with the largest inputs first. rounding_block: columns at a time.
-        lr_transforms, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
+        lr_transforms, lr_matrices, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
         finetune: what is trained behind the rounding: ``"none"``, ``"scales"`` (row scales, activation ranges, norm
             gains and biases, the integers of the matrices frozen) or ``"qad"`` (the weights as well, by low-rank
@@ -128,13 +136,19 @@ class MobileQuantConfig(QuantizationConfigMixin):
     tuning: str | None = None
     transforms: list[str] | tuple[str, ...] | None = None
     smoothing: str | None = None
+    rotate: str | None = None
+    untie: bool = False
     smooth_alpha: float | None = None
     learn_transforms: bool | None = None
+    learn_matrices: bool | None = None
     learn_clips: bool | None = None
     learn_ranges: bool | None = None
     range_init: str | None = None
+    range_norm: float | None = None
+    bias_correction: bool | None = None
     clip_init: str | None = None
     lr_transforms: float | None = None
+    lr_matrices: float | None = None
     lr_clips: float | None = None
     lr_ranges: float | None = None
     rounding: str | None = None

@@ -11,8 +11,10 @@ from .lookup import lookup, unknown_name
 from .recipes import (
     CLIP_INITS,
     FINETUNES,
+    MATRIX_SITES,
     OBJECTIVES,
     RANGE_INITS,
+    ROTATIONS,
     ROUNDINGS,
     SENSITIVITIES,
     SITES,
@@ -35,6 +37,7 @@ _CHOICES = {
     "clip_init": CLIP_INITS,
     "rounding": ROUNDINGS,
     "finetune": FINETUNES,
+    "rotate": ROTATIONS,
     "teacher_dtype": TEACHER_DTYPES,
     "sensitivity": SENSITIVITIES,
 }
@@ -93,7 +96,16 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "a whole number from 0",
     ),
     (
-        ("lr_transforms", "lr_clips", "lr_ranges", "lr_offsets", "lr_gains", "lr_adapters", "lr_finetune"),
+        (
+            "lr_transforms",
+            "lr_matrices",
+            "lr_clips",
+            "lr_ranges",
+            "lr_offsets",
+            "lr_gains",
+            "lr_adapters",
+            "lr_finetune",
+        ),
         lambda v: _number(v) and 0 < v < 10,
         "a number in (0, 10)",
     ),
@@ -111,8 +123,19 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         _teachers,
         'a list of "float" (the model itself), model names, or {"model": name, "weight": positive number}',
     ),
+    (("range_norm",), lambda v: _number(v) and 1 <= v <= 10, "a number in [1, 10]"),
     (
-        ("learn_transforms", "learn_clips", "learn_ranges", "gradient_checkpointing", "magr", "rounding_act_order"),
+        (
+            "learn_transforms",
+            "learn_matrices",
+            "learn_clips",
+            "learn_ranges",
+            "gradient_checkpointing",
+            "magr",
+            "rounding_act_order",
+            "untie",
+            "bias_correction",
+        ),
         lambda v: isinstance(v, bool),
         "True or False",
     ),
@@ -158,8 +181,8 @@ def check_values(values: Mapping[str, Any]) -> None:
         if (value := values[name]) is not None and value not in known:
             raise ValueError(unknown_name(name, value, known))
     for site in values["transforms"] or ():
-        if site not in SITES:
-            raise ValueError(unknown_name("transform", site, SITES))
+        if site not in (*SITES, *MATRIX_SITES):
+            raise ValueError(unknown_name("transform", site, (*SITES, *MATRIX_SITES)))
     if (device := values["device"]) is not None:
         try:
             torch.device(device)

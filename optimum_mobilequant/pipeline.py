@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +14,32 @@ from .calibrate import FoundPrefix, Statistics, choose_ranges, collect, find_pre
 from .checkpoint import Packed, install, pack
 from .config import MobileQuantConfig
 from .log import get_logger
+from .nn.matrix import Matrix
 from .nn.prefix import prefix_states
 from .prepare import Prepared, nll, prepare
-from .recipes import COMPENSATED
+from .recipes import COMPENSATED, SITES
 from .rounding import compensate_rounding
-from .transform import Edge, adaptive_scales, edges_of, smooth_scales
+from .transform import Edge, adaptive_scales, edges_of, matrix_edges_of, smooth_scales
 from .tune import (
     Finetune,
     Learnables,
     LearnResult,
     Rounding,
+    attach_matrices,
+    bias_corrections,
     build_student,
+    correct,
+    correctable,
     learn_blockwise,
     learn_end_to_end,
+    least_output_error,
     refuse_different,
+    withdraw,
 )
 from .tune.distill import distillation_losses
 from .tune.loop import Loss, Trainable, mean_loss
 from .tune.objective import Objective, make_objective
+from .tune.output_ranges import Ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,10 +77,12 @@ def quantize(
         states = choose_prefix(model, job)
         allocate_bits(job)
         student = build_student(model, job.plan, states, checkpointing=bool(job.settings.gradient_checkpointing))
+        matrices = rotate(student, job)
         statistics = calibrate(student, job)
-        learnables = transform(model, student, statistics, job)
+        learnables = transform(model, student, statistics, job, matrices)
         result = learn(model, student, learnables, job)
         rounded = round_weights(model, student, learnables, job)
+        correct_biases(model, student, job)
         finetuned = finetune(model, student, learnables, job)
         packed = fold_and_round(student, job)
         del student, learnables
@@ -94,6 +105,14 @@ def choose_prefix(model: PreTrainedModel, job: Prepared) -> list[tuple[Tensor, T
     return prefix_states(model, found.tokens) if found.tokens else []
 
 
+def rotate(student: nn.Module, job: Prepared) -> dict[str, Matrix]:
+    """Before all else: the bases in which activations are looked at."""
+    s = job.settings
+    return attach_matrices(
+        student, matrix_edges_of(job.plan.family, job.plan.geometry, s.transforms, s.rotate, seed=s.seed)
+    )
+
+
 def calibrate(student: nn.Module, job: Prepared) -> Statistics:
     """Stage 10: what every activation of the float model looks like."""
     if (kept := job.run.load("calibrate")) is not None:
@@ -103,37 +122,63 @@ def calibrate(student: nn.Module, job: Prepared) -> Statistics:
     return statistics
 
 
-def transform(model: nn.Module, student: nn.Module, statistics: Statistics, job: Prepared) -> Learnables:
+def transform(
+    model: nn.Module,
+    student: nn.Module,
+    statistics: Statistics,
+    job: Prepared,
+    matrices: Mapping[str, Matrix] | None = None,
+) -> Learnables:
     """Stage 20: start values of the transforms, of the activation ranges behind them, and of the clipping."""
     s = job.settings
-    edges = edges_of(job.plan.family, job.plan.geometry, s.transforms)
-    learnables = Learnables(student, job.plan, edges, start_scales(edges, model, student, statistics, job))
+    edges = edges_of(job.plan.family, job.plan.geometry, [site for site in s.transforms if site in SITES])
+    scales = start_scales(edges, model, student, statistics, job, turned=bool(matrices))
+    learnables = Learnables(student, job.plan, edges, scales, matrices)
     refuse_different(student, model, job.data.validation[:1], job.plan.prefix)
     if (kept := job.run.load("transform")) is not None:
         statistics = Statistics.from_tensors(kept[0])
     elif edges:
         statistics = collect(student, job.data.train, batch_size=s.batch_size, description="calibrate again")
         job.run.save("transform", statistics.to_tensors(), {})
-    learnables.set_ranges(
-        student, choose_ranges(job.plan, statistics, s.range_init), learn=s.learn_ranges or s.finetune_ranges
-    )
+    by_value = "mse" if s.range_init == "output" else s.range_init
+    ranges = choose_ranges(job.plan, statistics, by_value, norm=s.range_norm)
+    learn_ranges = s.learn_ranges or s.finetune_ranges
+    learnables.set_ranges(student, ranges, learn=learn_ranges)
     if s.learn_clips or s.clip_init != "none":
         learnables.add_clips(s.clip_init)
     learnables.release(student)
+    if s.range_init == "output":
+        learnables.set_ranges(student, search_ranges(student, ranges, job), learn=learn_ranges)
+        learnables.release(student)
     return learnables
 
 
 def start_scales(
-    edges: list[Edge], model: nn.Module, student: nn.Module, statistics: Statistics, job: Prepared
+    edges: list[Edge], model: nn.Module, student: nn.Module, statistics: Statistics, job: Prepared, *, turned: bool
 ) -> dict[str, Tensor]:
-    """Stage 15, where it takes long: log-scales that the transforms start from."""
+    """Stage 15, where it takes long: log-scales that the transforms start from, in the bases that matrices made."""
+
+    def weight_of(path: str) -> Tensor:
+        module: Any = student.get_submodule(path)
+        return module.weight.folded()
+
+    alpha = job.settings.smooth_alpha or 0.0
     if job.settings.smoothing != "adaptive":
-        return smooth_scales(edges, model, statistics.channel_absmax, job.settings.smooth_alpha or 0.0)
+        return smooth_scales(edges, model, statistics.channel_absmax, alpha, weight_of=weight_of if turned else None)
     if (kept := job.run.load("smooth")) is not None:
         return kept[0]
     scales = adaptive_scales(edges, student, job.plan, job.data.train, batch_size=job.settings.batch_size)
     job.run.save("smooth", scales, {})
     return scales
+
+
+def search_ranges(student: nn.Module, ranges: Ranges, job: Prepared) -> Ranges:
+    """Stage 25: with ``range_init="output"``, start ranges by the error of each layer's output."""
+    if (kept := job.run.load("ranges")) is not None:
+        return {name: (ends[0], ends[1]) for name, ends in kept[0].items()}
+    found = least_output_error(student, job.plan, ranges, job.data.train, job.settings.batch_size)
+    job.run.save("ranges", {name: torch.stack(ends) for name, ends in found.items()}, {})
+    return found
 
 
 def learn(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
@@ -279,6 +324,36 @@ def train_stage(
     job.run.save(stage, parameters.state_dict(), vars(result))
     parameters.release(student)
     return result
+
+
+def correct_biases(model: nn.Module, student: nn.Module, job: Prepared) -> None:
+    """Stage 38: with ``bias_correction``, take mean errors out of the biases; kept if the objective falls."""
+    s, data = job.settings, job.data
+    if not s.bias_correction:
+        return
+    objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
+
+    def loss() -> float:
+        batches = data.validation.to(next(student.buffers()).device).split(s.batch_size)
+        return sum(float(objective(student, model, ids)) * len(ids) for ids in batches) / len(data.validation)
+
+    if (kept := job.run.load("bias")) is not None:
+        corrections, result = kept
+        correct(student, corrections)
+    else:
+        start = loss()
+        parts = correctable(model, job.plan.family)
+        corrections = bias_corrections(student, job.plan, parts, data.train, s.batch_size)
+        end = loss()
+        result = {"start": start, "corrected": end, "kept": end < start}
+        job.run.save("bias", corrections, result)
+    if not result["kept"]:
+        logger.warning(
+            f"bias correction is left out: it would raise the objective from {result['start']:.5g} to "
+            f"{result['corrected']:.5g}"
+        )
+        withdraw(student, corrections)
+    job.recorded["bias_correction"] = result
 
 
 def fold_and_round(student: nn.Module, job: Prepared) -> Packed:

@@ -35,7 +35,8 @@ from .run_data import RunData, peek, run_data, tokenizer_of
 from .run_dir import RunDirectory, fingerprint_of, weights_digest
 from .settings import Settings
 from .teachers import FLOAT, Teacher, load_teachers
-from .tune import LearnResult
+from .transform import refuse_unmergeable
+from .tune import LearnResult, correctable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +119,7 @@ class Prepared:
         s = self.settings
         return {
             "transforms": s.lr_transforms if s.learn_transforms else 0.0,
+            "matrices": s.lr_matrices if s.learn_matrices else 0.0,
             "clips": s.lr_clips if s.learn_clips else 0.0,
             "ranges": s.lr_ranges if s.learn_ranges else 0.0,
         }
@@ -211,7 +213,8 @@ def prepare(
 
     Raises:
         ValueError: no dataset; unknown family; preset and overrides that fit no tensor, or that the target cannot
-            compute; weights that are not finite, missing, offloaded or already quantized; too little text.
+            compute; matrices that do not merge into this architecture; weights that are not finite, missing, offloaded
+            or already quantized; too little text.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -234,6 +237,15 @@ def prepare(
     check_device(config.device or model.device)
     family = family_of(model, config.family)
     geometry = geometry_of(model, family)
+    if config.untie:
+        if not geometry.tied:
+            raise ValueError("untie=True would have no effect: the head of this model has a table of its own")
+        geometry = replace(geometry, tied=False)
+        size = geometry.vocabulary * geometry.hidden / 2**20
+        logger.info(f"the head gets a table of its own: {size:.1f} MiB more at 8 bits")
+    refuse_unmergeable(model, family, geometry, settings.transforms, settings.rotate)
+    if settings.bias_correction:
+        correctable(model, family)
     plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
     if config.target is not None:
         from .exporters.targets import TARGETS, check_plan

@@ -12,10 +12,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SITES = ("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k")
+MATRIX_SITES = ("v_o_dense", "q_k_rotation")
+ROTATIONS = ("r1", "r2", "r1r2")
 OBJECTIVES = ("logits_kl", "hidden_mse")
 TUNINGS = ("end-to-end", "block-wise", "none")
 SMOOTHINGS = ("balance", "adaptive")
-RANGE_INITS = ("minmax", "percentile", "mse")
+RANGE_INITS = ("minmax", "percentile", "mse", "lp", "output")
 CLIP_INITS = ("none", "mse")
 ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
 COMPENSATED = ("gptq", "qronos")  # roundings in closed form
@@ -29,12 +31,16 @@ class Recipe:
     """One quantization method, as data.
 
     Attributes:
-        transforms: sites (of `SITES`) where a scale moves between producer and consumer; float outputs do not change.
+        transforms: sites (of `SITES` and `MATRIX_SITES`) where a scale or a matrix moves between producer and
+            consumer; float outputs do not change.
+        rotate: rotations merged into the weights: of the residual stream, of values, both (see `ROTATIONS`), or none.
         smoothing: where the scales start: SmoothQuant's balance of maxima, or QQQ's adaptive thresholds.
         smooth_alpha: migration strength in [0, 1] of the balance; None without it.
-        learn_transforms, learn_clips, learn_ranges: what training moves: transform scales, weight clipping,
-            activation ranges.
-        range_init: how an activation range starts from calibration statistics.
+        learn_transforms, learn_matrices, learn_clips, learn_ranges: what training moves: transform scales, rotations
+            and other matrices, weight clipping, activation ranges.
+        range_init: how an activation range starts: from calibration statistics, or from the error of layer outputs.
+        range_norm: exponent of the errors that ``range_init="lp"`` adds up.
+        bias_correction: take the mean error of each output channel out of the bias, at the end.
         clip_init: how weight clipping starts: not at all, or at the clip of least squared weight error.
         objective: KL divergence of the logits, or mean squared error of hidden states.
         tuning: one optimisation of the whole model, one per decoder layer, or none.
@@ -44,6 +50,7 @@ class Recipe:
         rounding_damping, rounding_act_order, rounding_block: of ``gptq`` and ``qronos``: share of the mean of the
             Hessian's diagonal added to it; whether columns with large inputs come first; columns at a time.
         lr_transforms, lr_clips, lr_ranges: AdamW learning rates; all three act on logarithms or logits.
+        lr_matrices: of matrices, on angles.
         lr_offsets, lr_gains: of learned rounding, in steps of the grid and in logarithms of a row's scale; activation
             ranges move on at ``lr_ranges / 3``.
         top_k: teacher logits per token that enter ``logits_kl`` one by one; the rest is one bucket.
@@ -63,11 +70,15 @@ class Recipe:
     summary: str
     transforms: tuple[str, ...] = ()
     smoothing: str = "balance"
+    rotate: str | None = None
     smooth_alpha: float | None = None
     learn_transforms: bool = False
+    learn_matrices: bool = False
     learn_clips: bool = False
     learn_ranges: bool = False
     range_init: str = "minmax"
+    range_norm: float = 2.4
+    bias_correction: bool = False
     clip_init: str = "none"
     objective: str = "logits_kl"
     tuning: str = "none"
@@ -77,6 +88,7 @@ class Recipe:
     rounding_act_order: bool = True
     rounding_block: int = 128
     lr_transforms: float = 2e-2
+    lr_matrices: float = 2e-3
     lr_clips: float = 5e-2
     lr_ranges: float = 1e-2
     lr_offsets: float = 1e-2
@@ -132,6 +144,7 @@ _MOBILEQUANT = Recipe(
     transforms=("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k"),
     smooth_alpha=0.7,
     learn_transforms=True,
+    learn_matrices=True,
     learn_clips=True,
     learn_ranges=True,
     range_init="mse",

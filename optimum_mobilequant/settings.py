@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .lookup import lookup
-from .recipes import COMPENSATED, EFFORTS, RECIPES, Effort, Recipe
+from .recipes import COMPENSATED, EFFORTS, MATRIX_SITES, RECIPES, SITES, Effort, Recipe
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,11 @@ class Settings:
     """Every number a run needs, none of them optional: recipe defaults <- effort <- the user's own values.
 
     Attributes are those of [`Recipe`] and [`Effort`]. When nothing is trained, ``steps`` is 0, ``tuning`` is
-    ``"none"`` and the three ``learn_*`` are False; ``objective`` then only names what is reported. Without transforms,
-    and with adaptive smoothing, ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when ``rounding`` is
-    ``"learned"``, ``finetune_steps`` exactly when ``finetune`` is not ``"none"``. ``finetune_ranges``: fine-tuning
-    moves activation ranges, also in a recipe that learned none before; the user's ``learn_ranges=False`` fixes them.
+    ``"none"`` and every ``learn_*`` is False; ``objective`` then only names what is reported. Without scales among
+    the transforms, and with adaptive smoothing, ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when
+    ``rounding`` is ``"learned"``, ``finetune_steps`` exactly when ``finetune`` is not ``"none"``. ``finetune_ranges``:
+    fine-tuning moves activation ranges, also in a recipe that learned none before; the user's ``learn_ranges=False``
+    fixes them.
     """
 
     recipe: str
@@ -32,11 +33,15 @@ class Settings:
     eval_every: int
     transforms: tuple[str, ...]
     smoothing: str
+    rotate: str | None
     smooth_alpha: float | None
     learn_transforms: bool
+    learn_matrices: bool
     learn_clips: bool
     learn_ranges: bool
     range_init: str
+    range_norm: float
+    bias_correction: bool
     clip_init: str
     objective: str
     tuning: str
@@ -46,6 +51,7 @@ class Settings:
     rounding_act_order: bool
     rounding_block: int
     lr_transforms: float
+    lr_matrices: float
     lr_clips: float
     lr_ranges: float
     lr_offsets: float
@@ -132,7 +138,55 @@ def _settle_finetuning(effort: Effort, asked: Mapping[str, Any], values: dict[st
         values.update(finetune_steps=0, feature_steps=0)
 
 
-_LEARNED = {"learn_transforms": "lr_transforms", "learn_clips": "lr_clips", "learn_ranges": "lr_ranges"}
+_LEARNED = {
+    "learn_transforms": "lr_transforms",
+    "learn_matrices": "lr_matrices",
+    "learn_clips": "lr_clips",
+    "learn_ranges": "lr_ranges",
+}
+
+
+def _settle_transforms(recipe: Recipe, asked: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Nothing is learned, and nothing set, of scales and matrices that are not there."""
+    values["transforms"] = tuple(values["transforms"])
+    if not any(site in SITES for site in values["transforms"]):
+        for name in ("smoothing", "smooth_alpha", "learn_transforms"):
+            if asked.get(name) not in (None, False):
+                raise ValueError(f'{name}={asked[name]} has no transform to act on; set transforms=["norm_qkv", ...]')
+        values.update(smooth_alpha=None, learn_transforms=False)
+    elif values["smoothing"] == "adaptive":
+        if "smooth_alpha" in asked:
+            raise ValueError(
+                f'smooth_alpha={asked["smooth_alpha"]} would have no effect: smoothing is "adaptive"; '
+                'set smoothing="balance"'
+            )
+        if "q_k" in values["transforms"]:
+            raise ValueError(
+                'smoothing="adaptive" has no rule for the site q_k; leave q_k out of transforms, '
+                'or set smoothing="balance"'
+            )
+        values["smooth_alpha"] = None
+    elif values["smooth_alpha"] is None and any(site in SITES for site in recipe.transforms):
+        raise ValueError(f'smoothing="balance" needs a strength; recipe "{recipe.name}" has none; set smooth_alpha')
+    elif values["smooth_alpha"] is None:
+        raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
+    rotate = values["rotate"]
+    if not rotate and not any(site in MATRIX_SITES for site in values["transforms"]):
+        if asked.get("learn_matrices"):
+            raise ValueError('learn_matrices=True has no matrix to act on; set rotate="r2" or another rotation')
+        values["learn_matrices"] = False
+    if rotate in ("r2", "r1r2") and "v_o_dense" in values["transforms"]:
+        raise ValueError(
+            f'rotate="{rotate}" and transform "v_o_dense" are matrices at the same place, and any rotation is a dense '
+            "matrix; leave out one"
+        )
+    if rotate in ("r1", "r1r2") and (
+        values["objective"] == "hidden_mse" or values["tuning"] == "block-wise" or values["feature_steps"]
+    ):
+        raise ValueError(
+            f'rotate="{rotate}" turns the residual stream, so hidden states of the float model are no target; use '
+            'objective="logits_kl", tuning="end-to-end" and feature_steps=0, or rotate="r2"'
+        )
 
 
 def _why_untrained(recipe: Recipe, effort: Effort, values: Mapping[str, Any]) -> str | None:
@@ -174,32 +228,10 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
         for name in Settings.__dataclass_fields__
         if hasattr(recipe, name) or hasattr(effort, name)
     }
-    values["transforms"] = tuple(values["transforms"])
-    values["learn_transforms"] = values["learn_transforms"] and bool(values["transforms"])
-
-    if not values["transforms"]:
-        for name in ("smoothing", "smooth_alpha", "learn_transforms"):
-            if asked.get(name) not in (None, False):
-                raise ValueError(f'{name}={asked[name]} has no transform to act on; set transforms=["norm_qkv", ...]')
-        values["smooth_alpha"] = None
-    elif values["smoothing"] == "adaptive":
-        if "smooth_alpha" in asked:
-            raise ValueError(
-                f'smooth_alpha={asked["smooth_alpha"]} would have no effect: smoothing is "adaptive"; '
-                'set smoothing="balance"'
-            )
-        if "q_k" in values["transforms"]:
-            raise ValueError(
-                'smoothing="adaptive" has no rule for the site q_k; leave q_k out of transforms, '
-                'or set smoothing="balance"'
-            )
-        values["smooth_alpha"] = None
-    elif values["smooth_alpha"] is None and recipe.transforms:
-        raise ValueError(f'smoothing="balance" needs a strength; recipe "{recipe.name}" has none; set smooth_alpha')
-    elif values["smooth_alpha"] is None:
-        raise ValueError(f'recipe "{recipe.name}" has no transforms by definition; use recipe="smoothquant" with them')
-
+    if "range_norm" in asked and values["range_init"] != "lp":
+        raise ValueError(f'range_norm={asked["range_norm"]} would have no effect: it belongs to range_init="lp"')
     _settle_finetuning(effort, asked, values)
+    _settle_transforms(recipe, asked, values)
     _settle_rounding(effort, asked, values)
     reason = _why_untrained(recipe, effort, values)
     if reason is not None:

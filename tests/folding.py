@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from optimum_mobilequant.transform import Edge
+from optimum_mobilequant.nn.matrix import Matrix
+from optimum_mobilequant.transform import Edge, MatrixEdge
 
 
 @torch.no_grad()
@@ -78,3 +79,49 @@ def divergence(student: Tensor, teacher: Tensor) -> float:
     """Mean KL(teacher || student) over positions, nats."""
     p, q = (F.log_softmax(x.double(), -1).flatten(0, -2) for x in (teacher, student))
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
+
+
+@torch.no_grad()
+def multiply(model: nn.Module, edges: Sequence[MatrixEdge], matrices: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model`` with the matrices ``[blocks, n, n]`` of every edge multiplied into its tensors, untied."""
+    changed = copy.deepcopy(model)
+    offset = 1.0 if model.config.model_type == "gemma" else 0.0
+    if model.config.tie_word_embeddings:
+        changed.lm_head.weight = nn.Parameter(changed.lm_head.weight.clone())
+    for edge in edges:
+        for f in edge.folds:
+            norm = changed.get_submodule(f.norm)
+            gain = norm.weight + offset
+            for reader in f.readers:
+                changed.get_submodule(reader).weight.mul_(gain)
+            if getattr(norm, "bias", None) is not None:
+                norm.bias.div_(gain)
+            norm.weight.fill_(1.0 - offset)
+        for effect in edge.effects:
+            module, blocks = changed.get_submodule(effect.module), matrices[edge.name]
+            m = torch.block_diag(*(blocks if effect.index is None else blocks[effect.index])).to(model.dtype)
+            if effect.dim == "columns":
+                module.weight.copy_(module.weight @ torch.linalg.inv(m))
+                continue
+            if module.weight.ndim == 2:
+                module.weight.copy_(m @ module.weight)
+            if getattr(module, "bias", None) is not None:
+                module.bias.copy_(m @ module.bias)
+    return changed
+
+
+def random_matrices(edges: Sequence[MatrixEdge], sigma: float = 0.3, seed: int = 5) -> dict[str, Matrix]:
+    """Matrices of every edge, away from their start values."""
+    generator, out = torch.Generator().manual_seed(seed), {}
+    for edge in edges:
+        matrix = Matrix(edge.kind, edge.start, rotary_dims=edge.rotary_dims, keeps_mean=edge.keeps_mean)
+        with torch.no_grad():
+            for parameter in matrix.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * sigma)
+        out[edge.name] = matrix
+    return out
+
+
+@torch.no_grad()
+def exact(matrices: Mapping[str, Matrix]) -> dict[str, Tensor]:
+    return {name: matrix.compute(torch.float64)[0] for name, matrix in matrices.items()}

@@ -8,7 +8,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_mobilequant.config import FORMAT_VERSION, MobileQuantConfig
 from optimum_mobilequant.plan.presets import PRESETS
-from optimum_mobilequant.recipes import EFFORTS, RECIPES, SITES
+from optimum_mobilequant.recipes import EFFORTS, MATRIX_SITES, RECIPES, SITES
 
 
 def round_trip(config: MobileQuantConfig) -> MobileQuantConfig:
@@ -48,7 +48,10 @@ EXAMPLES = {
         "dataset": "python-stdlib",
         "tokenizer": "owner/name",
         "overrides": {"*.down_proj": {"weight_bits": 8, "weight_granularity": "tensor"}, "*.v": {"bits": 16}},
-        "transforms": ("norm_qkv", "up_down"),
+        "transforms": ("norm_qkv", "up_down", "q_k_rotation"),
+        "rotate": "r1r2",
+        "untie": True,
+        "lr_matrices": 1e-2,
         "smooth_alpha": 0,
         "learn_clips": False,
         "steps": 7,
@@ -180,6 +183,9 @@ def test_update_sets_all_or_nothing():
         ({"tuning": "blockwise"}, 'did you mean "block-wise"'),
         ({"range_init": "min-max"}, 'did you mean "minmax"'),
         ({"transforms": ["norm_qvk"]}, 'did you mean "norm_qkv"'),
+        ({"transforms": ["v_o_dens"]}, 'did you mean "v_o_dense"'),
+        ({"rotate": "r3"}, 'rotate "r3" is unknown; known: r1, r2, r1r2'),
+        ({"untie": "yes"}, "untie must be True or False"),
         ({"transforms": "norm_qkv"}, "transforms must be a list of names"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": True}, "seed must be a whole number"),
@@ -232,6 +238,13 @@ def test_bad_values_are_refused_by_name(options, message):
         ({"learn_ranges": False, "lr_ranges": 1e-3}, "learn_ranges is off"),
         ({"transforms": [], "learn_transforms": True}, "has no transform to act on"),
         ({"tuning": "block-wise", "objective": "logits_kl"}, "needs the logits"),
+        ({"rotate": "r1", "objective": "hidden_mse"}, 'use objective="logits_kl"'),
+        ({"rotate": "r1r2", "tuning": "block-wise"}, 'use objective="logits_kl"'),
+        ({"rotate": "r1", "recipe": "omniquant-edge"}, 'or rotate="r2"'),
+        ({"rotate": "r2", "transforms": ["v_o_dense"]}, "leave out one"),
+        ({"learn_matrices": True}, "has no matrix to act on"),
+        ({"lr_matrices": 0.1}, "learn_matrices is off"),
+        ({"transforms": ["v_o_dense"], "smooth_alpha": 0.5}, "has no transform to act on"),
         ({"objective": "hidden_mse", "top_k": 5}, "top_k=5 would have no effect"),
         ({"finetune_steps": 5}, 'nothing is fine-tuned; set finetune="scales" or "qad"'),
         ({"recipe": "best", "teachers": ["float"]}, "teachers would have no effect: nothing is fine-tuned"),
@@ -262,7 +275,7 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
     settings = MobileQuantConfig(recipe=recipe, effort=effort).resolve()
     trains = RECIPES[recipe].tuning != "none" and effort != "none"
     assert settings.samples == EFFORTS[effort].samples
-    assert set(settings.transforms) <= set(SITES)
+    assert set(settings.transforms) <= {*SITES, *MATRIX_SITES}
     assert (settings.steps > 0) is trains
     assert (settings.tuning != "none") is trains
     assert (settings.learn_transforms or settings.learn_clips or settings.learn_ranges) is trains
@@ -303,3 +316,12 @@ def test_no_transforms_means_no_transform_is_learned():
     assert settings.smooth_alpha is None
     assert settings.learn_transforms is False
     assert settings.learn_ranges is True
+
+
+def test_matrices_are_learned_where_there_are_any():
+    assert MobileQuantConfig().resolve().learn_matrices is False
+    for options in ({"rotate": "r2"}, {"transforms": ["q_k_rotation"]}):
+        settings = MobileQuantConfig(**options).resolve()
+        assert settings.learn_matrices is True
+        assert settings.learn_transforms is ("transforms" not in options)
+        assert MobileQuantConfig(effort="none", **options).resolve().learn_matrices is False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,15 +14,22 @@ from .collect import Statistics
 _MASK_MARGIN = {8: 0.0, 16: 24.0}
 # Shares of the observed range tried by the error search.
 _SHARES = torch.linspace(0.2, 1.0, 41)
+# Then of each end by itself.
+_FACTORS = torch.linspace(0.5, 2.0, 31)
 
 
-def choose_ranges(plan: Plan, statistics: Statistics, method: str) -> dict[str, tuple[Tensor, Tensor]]:
+def choose_ranges(
+    plan: Plan, statistics: Statistics, method: str, *, norm: float = 2.4
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Low and high end of every activation that is not fixed.
 
     Args:
-        method: ``"minmax"`` (the extremes seen), ``"percentile"`` (0.01 % and 99.99 % of the values) or ``"mse"`` (the
-            share of the extremes with the smallest squared rounding error). The last two act on 8-bit tensors; 16-bit
-            grids keep the extremes, which cost them nothing.
+        method: ``"minmax"`` (the extremes seen), ``"percentile"`` (0.01 % and 99.99 % of the values), ``"mse"`` (the
+            share of the extremes with the smallest squared rounding error) or ``"lp"`` (the smallest sum of
+            ``|error|^norm``, each end by itself). All but the first act on 8-bit tensors; 16-bit grids keep the
+            extremes, which cost them nothing.
+        norm: of ``"lp"``; above 2 clipping costs more against rounding (2.4: LAPQ, Nahshan et al. 2021, and AIMET's
+            and Brevitas' searches use such norms).
 
     Returns:
         quantizer name -> 0-dim float32 (low <= 0, high >= 0).
@@ -32,8 +37,8 @@ def choose_ranges(plan: Plan, statistics: Statistics, method: str) -> dict[str, 
     Raises:
         ValueError: unknown method.
     """
-    if method not in ("minmax", "percentile", "mse"):
-        raise ValueError(f'range_init "{method}" is unknown; known: minmax, percentile, mse')
+    if method not in ("minmax", "percentile", "mse", "lp"):
+        raise ValueError(f'range_init "{method}" is unknown; known: minmax, percentile, mse, lp')
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     for name, spec in plan.activations.items():
         if spec.fixed is not None:
@@ -43,11 +48,13 @@ def choose_ranges(plan: Plan, statistics: Statistics, method: str) -> dict[str, 
             # The encoding must reach low enough for a hidden position, added as a saturating negative, to vanish.
             low = low - _MASK_MARGIN[spec.bits]
         elif spec.bits <= 8 and method != "minmax":
-            low, high = (
-                _percentile(statistics.sample[name])
-                if method == "percentile"
-                else _least_error(statistics.sample[name], low, high, spec)
-            )
+            sample = statistics.sample[name]
+            if method == "percentile":
+                low, high = _percentile(sample)
+            else:
+                low, high = _least_error(sample, low, high, spec, norm if method == "lp" else 2.0)
+                if method == "lp":
+                    low, high = _each_end(sample, low, high, spec, norm)
         ranges[name] = (low, high)
     return ranges
 
@@ -59,13 +66,25 @@ def _percentile(sample: Tensor) -> tuple[Tensor, Tensor]:
     return ends[0].clamp(max=0.0), ends[1].clamp(min=0.0)
 
 
-def _least_error(sample: Tensor, low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+def _error_of(sample: Tensor, low: Tensor, high: Tensor, spec: ActivationSpec, norm: float) -> float:
     values, weights = sample
-    best, best_error = (low, high), math.inf
-    for share in _SHARES:
-        scale, zero_point = affine_qparams(low * share, high * share, spec.grid)
-        rounded = dequantize(quantize(values, scale, zero_point, spec.grid), scale, zero_point)
-        error = float(((rounded - values).square() * weights).sum())
-        if error < best_error:
-            best, best_error = (low * share, high * share), error
-    return best
+    scale, zero_point = affine_qparams(low, high, spec.grid)
+    error = (dequantize(quantize(values, scale, zero_point, spec.grid), scale, zero_point) - values).abs()
+    return float((error.pow(norm) * weights).sum())
+
+
+def _least_error(
+    sample: Tensor, low: Tensor, high: Tensor, spec: ActivationSpec, norm: float
+) -> tuple[Tensor, Tensor]:
+    candidates = [(low * share, high * share) for share in _SHARES]
+    return min(candidates, key=lambda ends: _error_of(sample, ends[0], ends[1], spec, norm))
+
+
+def _each_end(sample: Tensor, low: Tensor, high: Tensor, spec: ActivationSpec, norm: float) -> tuple[Tensor, Tensor]:
+    """One end after the other, within the values seen."""
+    values = sample[0]
+    least, most = values.min().clamp(max=0.0), values.max().clamp(min=0.0)
+    lows = [low, *((low * f).clamp(min=least) for f in _FACTORS)]
+    low = min(lows, key=lambda end: _error_of(sample, end, high, spec, norm))
+    highs = [high, *((high * f).clamp(max=most) for f in _FACTORS)]
+    return low, min(highs, key=lambda end: _error_of(sample, low, end, spec, norm))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,11 +145,22 @@ def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
     def make_bias(path: str, _: Tensor) -> nn.Parameter:
         return nn.Parameter(packed.biases[path].to(device), requires_grad=False)
 
+    config: Any = model.config
+    for path, bias in packed.biases.items():  # bias correction may have added some
+        linear: Any = model.get_submodule(path)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(bias, device=device), requires_grad=False)
+    f = plan.family
+    for flag, parts in f.bias_flags.items():
+        if any(f.layer(0, getattr(f, part)) in packed.biases for part in parts):
+            setattr(config, flag, True)
+
     def make_prefix(path: str) -> PackedPrefix:
         keys, values = (codes.to(device) for codes in packed.prefix[path])
         return PackedPrefix(keys, values, value_path(plan))
 
     quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix)
+    config.tie_word_embeddings = plan.geometry.tied  # the head may have got a table of its own
     for quantizer in quantizers_of(model):
         quantizer.set(*packed.activations[quantizer.spec.name])
 

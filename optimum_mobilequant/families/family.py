@@ -23,6 +23,7 @@ class Family:
         activation: name inside the MLP of the activation module.
         norm_kind: ``"rms"`` or ``"layer"``.
         gain_offset: constant added to the stored norm gain (Gemma: 1.0).
+        bias_flags: config flags that give projections a bias -> the roles of those that get one.
         unsupported: config flags that must be false, with what they mean.
     """
 
@@ -48,6 +49,7 @@ class Family:
     activation: str = "mlp.act_fn"
     norm_kind: str = "rms"
     gain_offset: float = 0.0
+    bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     def layer(self, index: int, part: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,3 +36,9 @@ def layer_inputs(
     finally:
         hook.remove()
     return hidden, options
+
+
+@torch.no_grad()
+def run_layer(layer: nn.Module, inputs: Sequence[Tensor], options: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Outputs for each batch; the layer may round its input in place, so it gets a copy."""
+    return [layer(h.clone(), **o) for h, o in zip(inputs, options, strict=True)]

@@ -15,6 +15,7 @@ from ..numerics import dequantize, fake_quantize_offset, fake_quantize_weight, q
 from ..numerics.fake import clipped_range, rescale
 from ..numerics.groups import fake_quantize_groups, group_units, spread, two_levels
 from ..plan import WeightRule, WeightSpec
+from .matrix import MatrixUse
 from .quantizer import Mode
 
 
@@ -62,10 +63,16 @@ class LowRank(nn.Module):
 class TunableWeight(nn.Module):
     """Weight or norm gain that is rescaled by transforms, clipped and rounded each time it is used.
 
+    Order: offset, folded gain, matrices, log-scales, clipping, rounding.
+
     Args:
         source: float ``[out, in]`` or ``[n]``, shared, never written.
         spec: role and grid.
         offset: added to the source first (Gemma's zero-centred gains).
+
+    Attributes:
+        gain: float32 ``[in]``, of the norm before this weight, once moved here (``transform.matrices``); or None.
+        is_one: this is a norm gain that has moved away; it starts from ones.
     """
 
     source: Tensor
@@ -75,6 +82,10 @@ class TunableWeight(nn.Module):
         object.__setattr__(self, "source", source)  # not a parameter: it must not move, be cast or be saved here
         self.spec = spec
         self.offset = offset
+        self.gain: Tensor | None = None
+        self.is_one = False
+        self.matrices: list[MatrixUse] = []
+        self._mixed: tuple[tuple[tuple[int, ...], ...], Tensor] | None = None
         self.rows_log: list[LogScale] = []
         self.columns_log: list[LogScale] = []
         self.clip: nn.Parameter | None = None
@@ -95,8 +106,33 @@ class TunableWeight(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.source.dtype
 
+    def original(self, dtype: torch.dtype) -> Tensor:
+        """What the float model multiplies with: the source and its offset."""
+        source = self.source.to(dtype)
+        return source + self.offset if self.offset else source
+
     def _float(self) -> Tensor:
-        return self.source.float() + self.offset if self.offset else self.source.float()
+        if not self.matrices:
+            return self._gained(torch.float32)
+        if not all(use.matrix.fixed for use in self.matrices):
+            return self._multiplied()
+        stamp = tuple(use.matrix.stamp for use in self.matrices)
+        if self._mixed is None or self._mixed[0] != stamp:  # nothing here changes from step to step
+            with torch.no_grad():
+                self._mixed = (stamp, self._multiplied())
+        return self._mixed[1]
+
+    def _gained(self, dtype: torch.dtype) -> Tensor:
+        if self.is_one:
+            return torch.ones_like(self.source, dtype=dtype)
+        out = self.original(dtype)
+        return out if self.gain is None else out * self.gain.to(dtype)
+
+    def _multiplied(self, *, exact: bool = False) -> Tensor:
+        out = self._gained(torch.float64 if exact else torch.float32)
+        for use in self.matrices:
+            out = use(out, exact=exact)
+        return out
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.mode in (Mode.OFF, Mode.OBSERVE):
@@ -109,7 +145,8 @@ class TunableWeight(nn.Module):
         if self._base is not None and self.gain_log is not None:  # fixed integers, learned scales
             codes, _, zero_point = self.codes()
             return dequantize(codes, self.step(self._base[1]) * self.gain_log.exp(), zero_point).to(dtype)
-        if self._base is not None or not (self.rows_log or self.columns_log or self.clip is not None):
+        learns = self.rows_log or self.columns_log or self.clip is not None
+        if self._base is not None or not (learns or any(not use.matrix.fixed for use in self.matrices)):
             if self._kept is None:  # nothing here changes from step to step
                 codes, scale, zero_point = self.codes()
                 self._kept = dequantize(codes, self.step(scale), zero_point)
@@ -129,6 +166,9 @@ class TunableWeight(nn.Module):
 
     def carry_rows(self, x: Tensor) -> Tensor:
         """What the transforms at the rows make of a product ``[rows, n]`` that the untouched weight made."""
+        for use in self.matrices:
+            if use.dim == "rows":
+                x = use(x)
         return rescale(x, total(self.rows_log), None)
 
     @torch.no_grad()
@@ -157,7 +197,7 @@ class TunableWeight(nn.Module):
         """
         self._base = (base, scale, zero_point)
         self._multiplier = multiplier
-        self._kept = None
+        self._kept = self._mixed = None
 
     def unfix(self) -> None:
         """Undo :meth:`fix`."""
@@ -180,7 +220,7 @@ class TunableWeight(nn.Module):
     def folded(self) -> Tensor:
         """float32 weight with the transforms folded in (computed in float64), offset included."""
         log = [None if (t := total(part)) is None else t.double() for part in (self.rows_log, self.columns_log)]
-        return rescale(self.source.double() + self.offset, *log).float()
+        return rescale(self._multiplied(exact=True), *log).float()
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,23 +271,47 @@ class TunableWeight(nn.Module):
 
 
 class TunableBias(nn.Module):
-    """Bias ``[n]`` that follows the rows it belongs to; 32-bit on the device, so it is not rounded while tuning."""
+    """Bias ``[n]`` that follows the rows it belongs to; 32-bit on the device, so it is not rounded while tuning.
+
+    Args:
+        added: the float model has none here.
+
+    Attributes:
+        correction: ``[n]``, added while the model rounds; or None.
+    """
 
     source: Tensor
 
-    def __init__(self, source: Tensor):
+    def __init__(self, source: Tensor, *, added: bool = False):
         super().__init__()
         object.__setattr__(self, "source", source)
+        self.added = added
+        self.correction: Tensor | None = None
+        self.mode = Mode.QUANTIZE
+        self.divisor: Tensor | None = None  # a LayerNorm's gain, once it has moved behind this bias
+        self.matrices: list[MatrixUse] = []
         self.rows_log: list[LogScale] = []
         self.shift: Callable[[], Tensor] | None = None  # learned, added behind the transforms
 
+    def _multiplied(self, dtype: torch.dtype, *, exact: bool = False) -> Tensor:
+        out = self.source.to(dtype)
+        if self.divisor is not None:
+            out = out / self.divisor.to(dtype)
+        for use in self.matrices:
+            out = use(out, exact=exact)
+        return out
+
     def forward(self) -> Tensor:
-        bias = rescale(self.source.float(), total(self.rows_log), None)
-        return bias if self.shift is None else bias + self.shift()
+        out = rescale(self._multiplied(torch.float32), total(self.rows_log), None)
+        if self.correction is not None and self.mode not in (Mode.OFF, Mode.OBSERVE):
+            out = out + self.correction
+        return out if self.shift is None else out + self.shift()
 
     @torch.no_grad()
     def folded(self) -> Tensor:
-        """float32 bias with the transforms folded in (computed in float64)."""
+        """float32 bias with the transforms folded in (computed in float64), corrected."""
         log = total(self.rows_log)
-        bias = rescale(self.source.double(), None if log is None else log.double(), None).float()
-        return bias if self.shift is None else bias + self.shift()
+        out = self._multiplied(torch.float64, exact=True)
+        out = rescale(out, None if log is None else log.double(), None)
+        out = (out if self.correction is None else out + self.correction).float()
+        return out if self.shift is None else out + self.shift()

@@ -136,12 +136,12 @@ def fake_quantize_weight(
     scales follow the transform at every step (MobileQuant, section 3.2).
 
     Args:
-        weight: float32 ``[out, in]``, constant.
+        weight: float32 ``[out, in]``.
         row_log: ``[out]`` or None. column_log: ``[in]`` or None. Natural logarithms of the scales.
         clip: logits, ``[units, 2]`` for (low, high), or None for the full range; ``units`` is ``out`` or 1.
 
     Returns:
-        float32 ``[out, in]``, with gradients to row_log, column_log and clip.
+        float32 ``[out, in]``, with gradients to weight, row_log, column_log and clip.
     """
     out: Tensor = _FakeQuantizeWeight.apply(weight, row_log, column_log, clip, grid, symmetric, per_channel)
     return out
@@ -187,7 +187,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         low, high = clipped_range(scaled, clip, symmetric=symmetric, per_channel=per_channel)
         scale, zero_point = weight_qparams(low, high, grid, symmetric)
         out = _snap(scaled, scale, zero_point.float(), grid)
-        # Only the constant weight and vectors are kept: the rescaled copy and the result are recomputed.
+        # Only the weight and vectors are kept: the rescaled copy and the result are recomputed.
         ctx.save_for_backward(weight, row_log, column_log, clip, low, high, scale, zero_point)
         ctx.scheme = (grid, symmetric, per_channel)
 
@@ -227,7 +227,11 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         product = product + _range_gradient(scaled, grad_low * low, grad_high * high, symmetric, per_channel)
         grad_row = product.sum(1) if ctx.needs_input_grad[1] else None
         grad_column = product.sum(0) if ctx.needs_input_grad[2] else None
-        return None, grad_row, grad_column, grad_clip, None, None, None
+        grad_weight = None
+        if ctx.needs_input_grad[0]:
+            # product = gradient * scaled, elementwise; where scaled is 0 it sets no end of a range
+            grad_weight = rescale(torch.where(scaled == 0, grad_scaled, product / scaled), row_log, column_log)
+        return grad_weight, grad_row, grad_column, grad_clip, None, None, None
 
 
 def _range_gradient(scaled: Tensor, low_part: Tensor, high_part: Tensor, symmetric: bool, per_channel: bool) -> Tensor:

@@ -1,7 +1,21 @@
-"""Weight-equivalent transforms: log-scales that cancel between a producer and its consumers."""
+"""Weight-equivalent transforms: log-scales and matrices that cancel between a producer and its consumers."""
 
 from .adaptive import adaptive_scales
 from .edges import SITES, Edge, Effect, edges_of
+from .matrices import MATRIX_SITES, ROTATIONS, MatrixEdge, MatrixEffect, matrix_edges_of, refuse_unmergeable
 from .smooth import smooth_scales
 
-__all__ = ["SITES", "Edge", "Effect", "adaptive_scales", "edges_of", "smooth_scales"]
+__all__ = [
+    "MATRIX_SITES",
+    "ROTATIONS",
+    "SITES",
+    "Edge",
+    "Effect",
+    "MatrixEdge",
+    "MatrixEffect",
+    "adaptive_scales",
+    "edges_of",
+    "matrix_edges_of",
+    "refuse_unmergeable",
+    "smooth_scales",
+]

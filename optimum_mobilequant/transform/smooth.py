@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,12 @@ from .edges import Edge
 
 @torch.no_grad()
 def smooth_scales(
-    edges: Sequence[Edge], model: nn.Module, channel_absmax: Mapping[str, Tensor], alpha: float
+    edges: Sequence[Edge],
+    model: nn.Module,
+    channel_absmax: Mapping[str, Tensor],
+    alpha: float,
+    *,
+    weight_of: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Start value of each edge: what its consumers can carry is taken off what its activation must represent.
 
@@ -26,6 +31,7 @@ def smooth_scales(
         model: the float model that ``edges`` name.
         channel_absmax: quantizer name -> float32 ``[channels]``.
         alpha: migration strength in [0, 1].
+        weight_of: module path -> weight, where matrices have changed the model's own; None reads the model.
 
     Returns:
         edge name -> natural logarithms, float32 ``[edge.size]``.
@@ -34,7 +40,7 @@ def smooth_scales(
     rows: dict[str, Tensor] = {}  # log-scales that the edges done so far put on a module's rows
 
     def weight_absmax(module: str) -> Tensor:
-        weight = _weight(model, module).float().abs()
+        weight = (_weight(model, module) if weight_of is None else weight_of(module)).float().abs()
         return (weight * rows[module].exp()[:, None] if module in rows else weight).amax(0)
 
     # A reader's columns are judged as its rows will be: else one large row that another edge is about to level decides

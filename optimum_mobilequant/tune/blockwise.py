@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.capture import layer_inputs
+from ..nn.capture import layer_inputs, run_layer
 from ..nn.prefix import prepend
 from ..plan import Plan
 from .loop import LearnResult, Loss, learn_end_to_end
@@ -68,9 +68,7 @@ def learn_blockwise(
     quant_in, quant_options = layer_inputs(student, student.get_submodule(path), batches + held_out)
     for i in range(layers):
         teacher_layer, layer = (m.get_submodule(plan.family.layer(i)) for m in (teacher, student))
-        with torch.no_grad():
-            target = [teacher_layer(h, **o) for h, o in zip(float_in, float_options, strict=True)]
-
+        target = run_layer(teacher_layer, float_in, float_options)
         learn_end_to_end(
             learnables,
             student,
@@ -86,8 +84,7 @@ def learn_blockwise(
             description=f"learn layer {i + 1}/{layers}",
         )
         learnables.bind(student)
-        with torch.no_grad():
-            quant_in = [layer(h.clone(), **o) for h, o in zip(quant_in, quant_options, strict=True)]
+        quant_in = run_layer(layer, quant_in, quant_options)
         float_in = target
     learnables.release(student)
     best = validate()

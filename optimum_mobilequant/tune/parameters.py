@@ -1,14 +1,15 @@
-"""The three groups of learned parameters: transforms, weight clipping, activation ranges."""
+"""The groups of learned parameters: transforms (scales and matrices), weight clipping, activation ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import Mode, Quantizer, quantizers_of, set_mode
+from ..nn.matrix import Matrix
 from ..nn.modules import QuantLinear
 from ..nn.tunable import LogScale, TunableWeight
 from ..numerics.fake import clipped_range, round_straight_through
@@ -30,15 +31,24 @@ class Learnables(nn.Module):
     Args:
         scales: ``theta`` of each edge, float32 ``[edge.size]``, natural logarithms.
         clips: logits for each clipped weight, ``[units, 2]`` (low, high).
+        matrices: of each matrix edge, as :func:`.matrices.attach_matrices` made them; or None.
         ranges: ``[sites, 2]``, logarithmic change of the (low, high) end of each learned activation range: steps are
             relative, so that one learning rate serves an 8-bit scale of 0.1 and a 16-bit scale of 1e-5.
     """
 
-    def __init__(self, student: nn.Module, plan: Plan, edges: Sequence[Edge], scales: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        student: nn.Module,
+        plan: Plan,
+        edges: Sequence[Edge],
+        scales: Mapping[str, Tensor],
+        matrices: Mapping[str, Matrix] | None = None,
+    ):
         super().__init__()
         self.plan = plan
         self.edges = list(edges)
         self.scales = nn.ParameterDict({_key(e.name): nn.Parameter(scales[e.name].clone()) for e in edges})
+        self.matrices = nn.ModuleDict({_key(name): matrix for name, matrix in (matrices or {}).items()})
         self.clips = nn.ParameterDict()
         self.ranges = nn.Parameter(torch.zeros(0, 2))
         self._weights: dict[str, TunableWeight] = {}
@@ -98,8 +108,11 @@ class Learnables(nn.Module):
         self.ranges = nn.Parameter(torch.zeros(len(self._sites), 2, device=device))
 
     def bind(self, student: nn.Module) -> None:
-        """Hand this step's scales and zero points to the quantizers: one vector computation for all sites."""
+        """Compute this step's matrices, and hand its scales and zero points to the quantizers: one vector computation
+        for all sites."""
         set_mode(student, Mode.LEARN)
+        for matrix in self._matrices():
+            matrix.bind()
         if not self._sites:
             return
         low, high = (self.start * self.ranges.exp()).unbind(1)
@@ -116,14 +129,21 @@ class Learnables(nn.Module):
             assert quantizer.learned is not None
             quantizer.set(*quantizer.learned)
             quantizer.learned = None
+        for matrix in self._matrices():
+            matrix.release()
         set_mode(student, Mode.QUANTIZE)
+
+    def _matrices(self) -> Iterator[Matrix]:
+        yield from self.matrices.values()  # type: ignore[misc]
 
     # -- for the optimizer ----------------------------------------------------------------------------------------
 
     def groups(self, rates: Mapping[str, float], prefix: str = "") -> list[dict[str, object]]:
-        """Optimizer groups of the parts (transforms, clips, ranges) with a rate above 0, limited to ``prefix``."""
+        """Optimizer groups of the parts (transforms, matrices, clips, ranges) with a rate above 0, limited to
+        ``prefix``."""
         parts = {
             "transforms": [p for k, p in self.scales.items() if k.startswith(_key(prefix))],
+            "matrices": [p for k, m in self.matrices.items() if k.startswith(_key(prefix)) for p in m.parameters()],
             "clips": [p for k, p in self.clips.items() if k.startswith(_key(prefix))],
             "ranges": [self.ranges] if self.ranges.numel() else [],
         }
@@ -134,7 +154,9 @@ class Learnables(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep log-scales within their bounds after a step."""
+        """Keep log-scales and condition numbers within their bounds after a step."""
+        for matrix in self._matrices():
+            matrix.clamp()
         for theta in self.scales.values():
             theta.clamp_(-2 * MAX_LOG_SCALE, 2 * MAX_LOG_SCALE)
 

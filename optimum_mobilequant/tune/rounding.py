@@ -31,6 +31,7 @@ class Rounding(nn.Module):
         super().__init__()
         object.__setattr__(self, "learnables", learnables)  # not a submodule: its transforms and clips are final
         self.limit = limit
+        learnables.matrices.requires_grad_(False)
         self.ranges = learnables.ranges
         self.offsets = nn.ParameterDict()
         self.gains = nn.ParameterDict()

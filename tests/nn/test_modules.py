@@ -133,7 +133,7 @@ def test_observing_changes_no_output_and_sees_every_activation():
     assert torch.allclose(statistics.high[name], seen[0].max().clamp(min=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "lp"])
 def test_ranges_hold_zero_and_never_exceed_the_extremes(method):
     model = build("llama")
     plan = plan_of(model)
@@ -167,10 +167,37 @@ def test_range_search_lowers_the_error_of_a_heavy_tail():
 
     assert error("mse") <= error("minmax") * 1.001
     assert error("mse") <= error("percentile") * 1.001
+    assert error("lp") <= error("minmax") * 1.001
+
+
+def test_lp_search_finds_the_least_error_of_its_norm():
+    """Against a dense grid over both ends, on values whose tails differ; a higher norm clips less."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(50_000, generator=generator)
+    values = torch.where(values > 0, values**1.5, values * 0.3)
+    name, spec = "model.layers.0.mlp.up_proj.output", ActivationSpec("x", "up", 8)
+    model = build("llama")
+    plan = plan_of(model)
+    statistics = calibrated(model, plan)[2]
+    statistics.sample[name] = torch.stack([values, torch.ones_like(values)])
+    statistics.low[name], statistics.high[name] = values.min(), values.max()
+
+    def error(low, high, norm):
+        scale, zero_point = affine_qparams(low, high, spec.grid)
+        return float((fake_quantize(values, scale, zero_point, spec.grid) - values).abs().pow(norm).sum())
+
+    spans = {}
+    for norm in (2.0, 2.4, 4.0):
+        found = choose_ranges(plan, statistics, "lp", norm=norm)[name]
+        grid = [torch.linspace(0.1, 1.0, 40) * end for end in (values.min(), values.max())]
+        least = min(error(low, high, norm) for low in grid[0] for high in grid[1])
+        assert error(*found, norm) <= 1.1 * least
+        spans[norm] = float(found[1] - found[0])
+    assert 1.02 * spans[2.0] < spans[2.4] < spans[4.0], spans
 
 
 def test_unknown_range_method_is_refused():
     model = build("llama")
     plan = plan_of(model)
-    with pytest.raises(ValueError, match='range_init "max" is unknown; known: minmax, percentile, mse'):
+    with pytest.raises(ValueError, match='range_init "max" is unknown; known: minmax, percentile, mse, lp'):
         choose_ranges(plan, calibrated(model, plan)[2], "max")

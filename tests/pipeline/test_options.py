@@ -44,7 +44,9 @@ def test_a_bfloat16_teacher_gives_nearly_the_same():
 
 def test_block_wise_tuning_of_the_main_recipe(monkeypatch):
     choose = pipeline.choose_ranges
-    monkeypatch.setattr(pipeline, "choose_ranges", lambda *a: {n: (3 * x, 3 * y) for n, (x, y) in choose(*a).items()})
+    monkeypatch.setattr(
+        pipeline, "choose_ranges", lambda *a, **k: {n: (3 * x, 3 * y) for n, (x, y) in choose(*a, **k).items()}
+    )
     model = learned(preset="w8a8", tuning="block-wise", steps=20, lr_ranges=0.1)
     loss = model.config.quantization_config.recorded["loss"]
     assert loss["objective"] == "hidden_mse"

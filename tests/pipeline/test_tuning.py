@@ -64,7 +64,7 @@ def learnables(monkeypatch):
 
 
 def group_of(key):
-    return {"scales": "transforms", "clips": "clips", "ranges": "ranges"}[key.split(".")[0]]
+    return {"scales": "transforms", "matrices": "matrices", "clips": "clips", "ranges": "ranges"}[key.split(".")[0]]
 
 
 def moved(before, after):
@@ -78,8 +78,8 @@ def moved(before, after):
 def wide_ranges(monkeypatch):
     choose = pipeline.choose_ranges
 
-    def three_times(*args):
-        return {name: (3 * low, 3 * high) for name, (low, high) in choose(*args).items()}
+    def three_times(*args, **options):
+        return {name: (3 * low, 3 * high) for name, (low, high) in choose(*args, **options).items()}
 
     monkeypatch.setattr(pipeline, "choose_ranges", three_times)
 
