@@ -73,6 +73,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         bias_correction: take the mean error of each channel out of the biases of projections; they get one where the
             architecture has a flag for it.
         rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.
+        rounding_start: what learned rounding starts from: ``"nearest"``, ``"gptq"`` or ``"qronos"``.
         rounding_steps: optimiser steps of learned rounding.
         magr: reduce the largest weight of each row before ``"gptq"`` or ``"qronos"``.
         rounding_damping: share of the mean of the Hessian's diagonal that these two add to it, in (0, 1].
@@ -152,6 +153,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     lr_clips: float | None = None
     lr_ranges: float | None = None
     rounding: str | None = None
+    rounding_start: str | None = None
     rounding_steps: int | None = None
     magr: bool | None = None
     rounding_damping: float | None = None

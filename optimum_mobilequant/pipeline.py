@@ -231,9 +231,10 @@ def objective_of(job: Prepared, steps: int) -> Objective:
 
 def round_weights(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:
     """Stage 35: with the transforms fixed, choose the code of each weight. None where it is the nearest."""
-    if job.settings.rounding in COMPENSATED:
-        return compensate_rounding(model, student, learnables, job)
-    return learn_rounding(model, student, learnables, job)
+    s, found = job.settings, None
+    if s.rounding in COMPENSATED or s.rounding_start in COMPENSATED:
+        found = compensate_rounding(model, student, learnables, job)
+    return learn_rounding(model, student, learnables, job) or found
 
 
 def learn_rounding(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult | None:

@@ -19,6 +19,7 @@ TUNINGS = ("end-to-end", "block-wise", "none")
 SMOOTHINGS = ("balance", "adaptive")
 RANGE_INITS = ("minmax", "percentile", "mse", "lp", "output")
 CLIP_INITS = ("none", "mse")
+ROUNDING_STARTS = ("nearest", "gptq", "qronos")
 ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
 COMPENSATED = ("gptq", "qronos")  # roundings in closed form
 SENSITIVITIES = ("jaccard", "kl", "hessian")
@@ -46,6 +47,7 @@ class Recipe:
         tuning: one optimisation of the whole model, one per decoder layer, or none.
         rounding: how weights reach the grid: to the nearest code, the way that training chose, or so that later
             columns make up for the error of earlier ones (``gptq``, ``qronos``).
+        rounding_start: what learned rounding starts from.
         magr: reduce the largest weight of each row before ``gptq`` or ``qronos``.
         rounding_damping, rounding_act_order, rounding_block: of ``gptq`` and ``qronos``: share of the mean of the
             Hessian's diagonal added to it; whether columns with large inputs come first; columns at a time.
@@ -83,6 +85,7 @@ class Recipe:
     objective: str = "logits_kl"
     tuning: str = "none"
     rounding: str = "nearest"
+    rounding_start: str = "nearest"
     magr: bool = False
     rounding_damping: float = 0.01
     rounding_act_order: bool = True

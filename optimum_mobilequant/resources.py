@@ -30,8 +30,8 @@ def memory_estimate(plan: Plan, settings: Settings) -> int:
     scores = g.heads * settings.seq_len
     # GPTQ and Qronos: hidden states of all sequences, the weights in steps, moments and factors in float64.
     compensated = 0
-    if settings.rounding in COMPENSATED:
-        streams = 2 if settings.rounding == "qronos" else 1
+    if {settings.rounding, settings.rounding_start} & set(COMPENSATED):
+        streams = 2 if "qronos" in (settings.rounding, settings.rounding_start) else 1
         compensated = streams * settings.samples * settings.seq_len * g.hidden + layer * g.layers
         compensated += 10 * max(g.hidden, g.mlp, g.heads * g.head_dim) ** 2
     if not _trains(settings):

@@ -38,6 +38,7 @@ STAGES = {
     "transform": 20,
     "ranges": 25,
     "learn": 30,
+    "compensate": 33,
     "round": 35,
     "bias": 36,
     "features": 37,

@@ -46,6 +46,7 @@ class Settings:
     objective: str
     tuning: str
     rounding: str
+    rounding_start: str
     magr: bool
     rounding_damping: float
     rounding_act_order: bool
@@ -85,15 +86,16 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
             )
         values["rounding"] = "nearest"
     if values["rounding"] != "learned":
-        only = ("rounding_steps", "lr_gains") + (() if values["finetune"] == "qad" else ("lr_offsets",))
-        if ignored := [name for name in only if asked.get(name)]:
+        only: tuple[str, ...] = ("rounding_steps", "rounding_start", "lr_gains")
+        only += () if values["finetune"] == "qad" else ("lr_offsets",)
+        if ignored := [name for name in only if asked.get(name, 0) not in (0, "nearest")]:
             how = "to nearest" if values["rounding"] == "nearest" else f"by {values['rounding']}"
             raise ValueError(
                 f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded {how}; "
                 'set rounding="learned"'
             )
-        values["rounding_steps"] = 0
-    if values["rounding"] not in COMPENSATED:
+        values.update(rounding_steps=0, rounding_start="nearest")
+    if values["rounding"] not in COMPENSATED and values["rounding_start"] not in COMPENSATED:
         if ignored := [name for name in _COMPENSATION if asked.get(name) not in (None, False)]:
             raise ValueError(
                 f'{ignored[0]}={asked[ignored[0]]} would have no effect with rounding="{values["rounding"]}"; '

@@ -1,4 +1,4 @@
-"""Stage 35 in closed form: GPTQ or Qronos on a student whose transforms and ranges are final."""
+"""Stage 35 in closed form (33, where learned rounding goes on): GPTQ or Qronos, with transforms and ranges final."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..log import get_logger
+from ..recipes import COMPENSATED
 from ..tune import Learnables, LearnResult
 from ..tune.objective import make_objective
 from .compensate import Compensation
@@ -30,10 +31,12 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
         rounding to nearest is kept.
     """
     s, weights = job.settings, dict(learnables.projections())
-    if (kept := job.run.load("round")) is not None:
+    # Where learned rounding goes on from here, stage 35 is its own.
+    name, stage = (s.rounding, "round") if s.rounding in COMPENSATED else (s.rounding_start, "compensate")
+    if (kept := job.run.load(stage)) is not None:
         device = next(student.buffers()).device
-        for name, parts in _unflatten(kept[0]).items():
-            weights[name].fix(**{key: part.to(device) for key, part in parts.items()})
+        for path, parts in _unflatten(kept[0]).items():
+            weights[path].fix(**{key: part.to(device) for key, part in parts.items()})
         return LearnResult.from_dict(kept[1])
     started, layers = time.monotonic(), job.plan.geometry.layers
     objective = make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype)
@@ -45,9 +48,9 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
         return total / len(job.data.validation)
 
     before = validate()
-    tensors, meta = job.run.load_progress("round") or ({}, {"layers": 0})
+    tensors, meta = job.run.load_progress(stage) or ({}, {"layers": 0})
     method = Method(
-        correct=s.rounding == "qronos",
+        correct=name == "qronos",
         compensation=Compensation(s.rounding_damping, s.rounding_act_order, s.rounding_block),
         magr=s.magr,
     )
@@ -60,20 +63,20 @@ def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learna
         batch_size=s.batch_size,
         done=_unflatten(tensors),
         layers_done=int(meta["layers"]),
-        snapshot=lambda done, count: job.run.save_progress("round", _flatten(done), {"layers": count}),
+        snapshot=lambda done, count: job.run.save_progress(stage, _flatten(done), {"layers": count}),
     )
     after = validate()
     result = LearnResult(before, after, layers, time.monotonic() - started, [(0, before), (layers, after)])
     if not after <= before:
         logger.warning(
-            f"rounding by {s.rounding} does worse on the validation text than rounding to nearest "
+            f"rounding by {name} does worse on the validation text than rounding to nearest "
             f"({after:.4g} against {before:.4g}), which is kept: give more calibration text (samples), "
             "or raise rounding_damping"
         )
         for weight in weights.values():
             weight.unfix()
         rounded, result.best, result.best_step = {}, before, 0
-    job.run.save("round", _flatten(rounded), vars(result))
+    job.run.save(stage, _flatten(rounded), vars(result))
     return result
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from optimum_mobilequant import MobileQuantConfig, pipeline, quantize
-from optimum_mobilequant.tune import Rounding
+from optimum_mobilequant.prepare import prepare
+from optimum_mobilequant.tune import Rounding, build_student
 from tests.tiny import build, config, logits_of, token_ids
 
 LONGER = {"dataset": token_ids(160), "samples": 64, "batch_size": 16, "steps": 10}
@@ -80,9 +81,36 @@ def test_it_works_without_learned_transforms():
     assert recorded["rounding"]["best"] < recorded["rounding"]["start"]
 
 
+@pytest.mark.parametrize("start", ["gptq", "qronos"])
+def test_learning_goes_on_from_a_closed_form(start):
+    nearest, closed, learned = run("nearest"), run(start), run("learned", rounding_start=start)
+    record, of_closed = (m.config.quantization_config.recorded["rounding"] for m in (learned, closed))
+    assert record["start"] == pytest.approx(of_closed["best"], rel=1e-5)
+    assert record["best"] < record["start"] < of_closed["start"]
+    codes, plain = codes_of(closed), codes_of(nearest)
+    for name, after in codes_of(learned).items():
+        assert int((after - codes[name]).abs().max()) <= 1, name
+    assert any((codes[name] != plain[name]).any() for name in codes)
+
+
+def test_only_offsets_gains_and_ranges_are_trained_with_rounding():
+    """A transform moves the grid under the offsets: the two never share an optimizer."""
+    model = build("llama-gqa")
+    with prepare(model, None, config("w4a8", recipe="mobilequant", **LONGER), None) as job:
+        student = build_student(model, job.plan)
+        learnables = pipeline.transform(model, student, pipeline.calibrate(student, job), job)
+        every = {"offsets": 1.0, "gains": 1.0, "ranges": 1.0, "transforms": 1.0, "clips": 1.0}
+        groups = Rounding(student, learnables).groups(every)
+        trained = {id(p) for group in groups for p in group["params"]}
+        assert {group["name"] for group in groups} == {"offsets", "gains", "ranges"}
+        assert trained.isdisjoint({id(p) for p in (*learnables.scales.values(), *learnables.clips.values())})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rounding_start": "gptq", "recipe": "rtn"}, 'set rounding="learned"'),
+        ({"recipe": "best", "rounding_damping": 0.1, "rounding_start": "nearest"}, 'set rounding="gptq" or "qronos"'),
         ({"rounding": "learned", "effort": "none"}, 'effort="none" runs no step'),
         ({"rounding": "learned", "rounding_steps": 0}, "rounding_steps=0 runs no step"),
         ({"rounding_steps": 5}, 'set rounding="learned"'),
