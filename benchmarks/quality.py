@@ -58,6 +58,20 @@ CASES = (
     Case("8-bit q/k", "w8a8", {
         "recipe": "mobilequant", "overrides": {"*.q_proj.output": {"bits": 8}, "*.k_proj.output": {"bits": 8}},
     }),
+    # Weights alone, nearly: activations have 16 bits. No recipe here uses data for the weights; "self" no data at all.
+    *(Case(recipe, "w4a16", {"recipe": recipe}) for recipe in ("rtn", "adpq")),
+    Case("adpq, calibrated on itself", "w4a8", {"recipe": "adpq", "dataset": "self"}),
+    Case("rtn, calibrated on itself", "w4a8", {"recipe": "rtn", "dataset": "self"}),
+    Case("adpq", "w4a8", {"recipe": "adpq"}),
+    Case("stored as e0m4", "w4a16", {"recipe": "rtn", "weight_format": "e0m4"}),
+    Case("stored as adpq", "w4a16", {"recipe": "rtn", "weight_format": "adpq"}),
+    Case("stored as adpq, no outliers", "w4a16", {"recipe": "rtn", "weight_format": "adpq", "outlier_share": 0}),
+    *(Case(f"{recipe}, 3 bits", "w4a16", {"recipe": recipe, "overrides": {"*_proj": {"weight_bits": 3}}})
+      for recipe in ("rtn", "adpq")),
+    *(Case(f"stored as adpq, 3 bits, {100 * share:g} % outliers", "w4a16", {
+        "recipe": "rtn", "weight_format": "adpq", "outlier_share": share,
+        "overrides": {"*_proj": {"weight_bits": 3}},
+    }) for share in (0, 0.01, 0.05)),
     # What end-to-end tuning and learned ranges contribute. Each layer of the block-wise run sees as many sequences as
     # the whole model does end to end; its objective is the one a single layer has, so that change has a row as well.
     Case("fixed ranges", "w4a8", {"recipe": "mobilequant", "learn_ranges": False}),

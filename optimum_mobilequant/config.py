@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .lookup import lookup, unknown_name
-from .options import check_bits, check_values, whole
+from .options import DEFAULT_GROUP, DEFAULT_OUTLIERS, check_bits, check_format_options, check_values, whole
 from .settings import Settings, settings_of
 from .sources import dataset_kind, dataset_record
 
@@ -50,6 +50,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             result is a set of ``overrides``. None: the preset's bits.
         sensitivity: what an allocation goes by, ``"hessian"`` (the default), ``"kl"`` or ``"jaccard"``.
         bit_choices: bits an allocation chooses from, any of 3, 4, 8 and 16; None takes 4 and 8.
+        weight_format: how the projections are stored: ``"int"`` (the default), or for CPU and GPU only ``"adpq"`` or
+            ``"e0m4"``; see ``docs/formats.md``. weight_group: columns that share a range there, 32, 64 or 128 (the
+            default). outlier_share: share of a row that ``"adpq"`` keeps apart, in [0, 0.2]; None takes 0.01.
         family: architecture family; None derives it from the model.
         target: backend that the result must run on, a key of ``optimum_mobilequant.exporters.targets.TARGETS``. What
             it cannot compute is refused before anything is tuned; nothing else changes. None checks nothing.
@@ -69,7 +72,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         smoothing: ``"balance"`` (SmoothQuant) or ``"adaptive"`` (QQQ). smooth_alpha: strength of the former in [0, 1].
         learn_transforms, learn_matrices, learn_clips, learn_ranges: what training moves.
         range_init: ``"minmax"``, ``"percentile"``, ``"mse"``, ``"lp"`` (errors to the power ``range_norm``) or
-            ``"output"`` (least error of each layer's output). clip_init: ``"none"`` or ``"mse"``.
+            ``"output"`` (least error of each layer's output). clip_init: ``"none"``, ``"mse"`` or ``"adpq"``.
         bias_correction: take the mean error of each channel out of the biases of projections; they get one where the
             architecture has a flag for it.
         rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.
@@ -125,6 +128,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
     bits: str | None = None
     sensitivity: str | None = None
     bit_choices: list[int] | tuple[int, ...] | None = None
+    weight_format: str | None = None
+    weight_group: int | None = None
+    outlier_share: float | None = None
     family: str | None = None
     target: str | None = None
     scheme: dict[str, Any] | None = None
@@ -210,7 +216,15 @@ class MobileQuantConfig(QuantizationConfigMixin):
         dataset_kind(self.dataset)
         dataset_kind(self.finetune_dataset)
         check_bits(self.bits, self.sensitivity, list(self.bit_choices or ()), self.resolve_scheme())
-        self.resolve()
+        check_format_options(
+            self.weight_format, self.weight_group, self.outlier_share, self.bits, self.clip_init, self.learn_clips
+        )
+        settings = self.resolve()
+        if self.weight_format not in (None, "int") and (settings.rounding, settings.finetune) != ("nearest", "none"):
+            raise ValueError(
+                f'weight_format="{self.weight_format}" rounds to nearest and has no integers to learn or fine-tune, '
+                f'which recipe "{self.recipe}" does here; use recipe="adpq" or "mobilequant", or weight_format="int"'
+            )
 
     def resolve(self) -> Settings:
         """Concrete settings: recipe defaults <- effort <- the values set here.
@@ -244,10 +258,14 @@ class MobileQuantConfig(QuantizationConfigMixin):
         Raises:
             ValueError: unknown preset, or a stored scheme that this version cannot read.
         """
-        from .plan.presets import PRESETS, Scheme
+        from .plan.presets import PRESETS, Scheme, with_format
 
         if self.scheme is None:
-            return lookup("preset", PRESETS, self.preset)
+            scheme = lookup("preset", PRESETS, self.preset)
+            if self.weight_format in (None, "int"):
+                return scheme
+            outliers = DEFAULT_OUTLIERS if self.outlier_share is None else self.outlier_share
+            return with_format(scheme, self.weight_format, span=self.weight_group or DEFAULT_GROUP, outliers=outliers)
         try:
             return Scheme.from_dict(self.scheme)
         except (KeyError, TypeError, AttributeError) as error:
@@ -262,7 +280,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         Args:
             config_dict: saved or hand-written options.
             return_unused_kwargs: also return the ``kwargs`` that are no option here, instead of refusing them.
-            kwargs: options that win over ``config_dict``. A new ``preset`` also drops the stored scheme.
+            kwargs: options that win over ``config_dict``. A new ``preset`` or weight format drops the stored scheme.
 
         Returns:
             The config, or with ``return_unused_kwargs`` the pair of config and unused ``kwargs``.
@@ -287,7 +305,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
             if name not in known:
                 raise ValueError(unknown_name("MobileQuantConfig option", name, known))
         chosen = {name: value for name, value in kwargs.items() if name in known}
-        if "preset" in chosen:
+        if chosen.keys() & {"preset", "weight_format", "weight_group", "outlier_share"}:
             values["scheme"] = None
         config = cls(**{**values, **chosen})
         return (config, unused) if return_unused_kwargs else config

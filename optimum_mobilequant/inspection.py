@@ -161,6 +161,8 @@ def _weight_row(spec: WeightSpec, reader: _Reader) -> dict[str, Any]:
     name = f"{spec.name}.weight"
     keys = reader.under(name)
     reader.taken.update(keys)
+    if spec.rule.format != "int":
+        return _format_row(name, spec, keys, reader)
     scale = reader.tensor(f"{name}._scale")
     if f"{name}._multiplier" in keys:
         scale = scale * reader.tensor(f"{name}._multiplier")
@@ -173,6 +175,15 @@ def _weight_row(spec: WeightSpec, reader: _Reader) -> dict[str, Any]:
     return _row((name, "weight", spec.role), scale, zero_point, spec.grid, sum(map(reader.bytes_of, keys)))
 
 
+def _format_row(name: str, spec: WeightSpec, keys: list[str], reader: _Reader) -> dict[str, Any]:
+    """A matrix in a storage format: no encoding on a grid of integers."""
+    if damaged := [k for k in keys if reader.stored_dtype(k) == "F32" and not torch.isfinite(reader.tensor(k)).all()]:
+        raise ValueError(f"{damaged[0]} in the checkpoint is not finite; the file is damaged")
+    row = {"tensor": name, "kind": "weight", "role": f"{spec.role} ({spec.rule.format})", "bits": spec.rule.bits}
+    empty = dict.fromkeys(("scale", "zero_point", "min", "max"))
+    return row | empty | {"bytes": sum(map(reader.bytes_of, keys))}
+
+
 def _bias_row(owner: str, model: PreTrainedModel, plan: Plan, reader: _Reader) -> dict[str, Any]:
     """Biases lie on int32 grids, see ``checkpoint.pack.bias_scale``."""
     name = f"{owner}.bias"
@@ -180,6 +191,9 @@ def _bias_row(owner: str, model: PreTrainedModel, plan: Plan, reader: _Reader) -
     if not torch.isfinite(bias).all():
         raise ValueError(f"bias {name} in the checkpoint is not finite; the file is damaged")
     tied = owner == plan.family.head and plan.geometry.tied
+    if plan.weights[owner].rule.format != "int":
+        row = {"tensor": name, "kind": "bias", "role": "bias", "bits": 32, "scale": None, "zero_point": None}
+        return row | {"min": bias.min().item(), "max": bias.max().item(), "bytes": reader.bytes_of(name)}
     of_weight = reader.tensor(f"{plan.family.embedding if tied else owner}.weight._scale")
     near = {n: (reader.tensor(f"{n}.scale"), torch.empty(0)) for n in {f"{owner}.output", input_of(plan, owner)}}
     scale = bias_scale(plan, owner, near, of_weight)

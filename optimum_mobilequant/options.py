@@ -22,6 +22,7 @@ from .recipes import (
     SMOOTHINGS,
     TEACHER_DTYPES,
     TUNINGS,
+    WEIGHT_FORMATS,
 )
 
 if TYPE_CHECKING:
@@ -42,12 +43,15 @@ _CHOICES = {
     "rotate": ROTATIONS,
     "teacher_dtype": TEACHER_DTYPES,
     "sensitivity": SENSITIVITIES,
+    "weight_format": WEIGHT_FORMATS,
 }
 _BITS = (3, 4, 8, 16)  # of matrices
+DEFAULT_GROUP, DEFAULT_OUTLIERS = 128, 0.01  # of the storage formats of weights
 _OVERRIDES: dict[str, tuple[Any, ...]] = {
     "weight_bits": _BITS,
     "weight_symmetric": (True, False),
     "weight_granularity": ("channel", "tensor", "group32", "group64", "group128"),
+    "weight_format": ("int",),
     "bits": (8, 16),
 }
 
@@ -153,6 +157,8 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         '"auto", True, False, a whole number from 1 or a list of token ids',
     ),
     (("transforms",), _strings, "a list of names"),
+    (("weight_group",), lambda v: type(v) is int and v in (32, 64, 128), "32, 64 or 128"),
+    (("outlier_share",), lambda v: _number(v) and 0 <= v <= 0.2, "a number in [0, 0.2]"),
     (("bits",), lambda v: isinstance(v, str), 'a string such as "auto:4.5", "auto:1.2GB" or "auto:device"'),
     (
         ("bit_choices",),
@@ -238,6 +244,10 @@ def check_bits(bits: str | None, sensitivity: str | None, bit_choices: list[int]
         )
     for role in ("attention", "gate", "up", "down"):
         rule = scheme.weights[role]
+        if rule.granularity.startswith("group"):
+            raise ValueError(
+                f'the preset\'s {role} weights have groups, which are 4 bits always; use preset="w4a8" or "w8a8"'
+            )
         if rule.granularity == "tensor" and min(choices) < 8:
             raise ValueError(
                 f"the preset has one scale for a whole {role} matrix, which {min(choices)} bits are too few for; use "
@@ -248,3 +258,33 @@ def check_bits(bits: str | None, sensitivity: str | None, bit_choices: list[int]
                 f"the preset has {rule.bits}-bit {role} weights, which are not among bit_choices={choices}: use a "
                 f"preset with {' or '.join(map(str, choices))} bits, or add {rule.bits}"
             )
+
+
+def check_format_options(
+    name: str | None,
+    group: int | None,
+    outliers: float | None,
+    bits: str | None,
+    clip_init: str | None,
+    learn_clips: bool | None,
+) -> None:
+    """Check the options of a storage format against each other.
+
+    Raises:
+        ValueError: a contradiction, or an option without effect.
+    """
+    stored = name not in (None, "int")
+    for option, value, needed in (
+        ("weight_group", group, 'weight_format="adpq" or "e0m4"'),
+        ("outlier_share", outliers, 'weight_format="adpq"'),
+    ):
+        if value is not None and (not stored or (option == "outlier_share" and name != "adpq")):
+            raise ValueError(f"{option}={value} would have no effect: it belongs to {needed}")
+    if not stored:
+        return
+    if bits is not None:
+        raise ValueError(f'weight_format="{name}" has fixed bits, which bits="{bits}" is to choose; leave one out')
+    if learn_clips:
+        raise ValueError(f'learn_clips=True would have no effect with weight_format="{name}", which clips nothing')
+    if clip_init == "adpq":
+        raise ValueError(f'clip_init="adpq" would have no effect with weight_format="{name}"; it is for "int"')

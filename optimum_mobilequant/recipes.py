@@ -18,7 +18,8 @@ OBJECTIVES = ("logits_kl", "hidden_mse")
 TUNINGS = ("end-to-end", "block-wise", "none")
 SMOOTHINGS = ("balance", "adaptive")
 RANGE_INITS = ("minmax", "percentile", "mse", "lp", "output")
-CLIP_INITS = ("none", "mse")
+CLIP_INITS = ("none", "mse", "adpq")
+WEIGHT_FORMATS = ("int", "e0m4", "adpq")
 ROUNDING_STARTS = ("nearest", "gptq", "qronos")
 ROUNDINGS = ("nearest", "learned", "gptq", "qronos")
 COMPENSATED = ("gptq", "qronos")  # roundings in closed form
@@ -189,6 +190,11 @@ RECIPES: dict[str, Recipe] = _table(
         learn_clips=True,
         objective="hidden_mse",
         tuning="block-wise",
+    ),
+    Recipe(
+        "adpq",
+        "no data for the weights: outliers found by the adaptive LASSO are clipped (AdpQ), static min/max ranges",
+        clip_init="adpq",
     ),
     Recipe(
         "gptq",

@@ -280,7 +280,8 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
     assert (settings.tuning != "none") is trains
     assert (settings.learn_transforms or settings.learn_clips or settings.learn_ranges) is trains
     assert (settings.eval_every > 0) is trains
-    assert (settings.smooth_alpha is None) is (recipe in ("rtn", "gptq", "qqq"))
+    balanced = settings.transforms and settings.smoothing == "balance"
+    assert (settings.smooth_alpha is None) is not bool(balanced)
 
 
 def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_fixed():

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..nn import Quantizer
+from ..nn.formats import FormatWeight
 from ..numerics.groups import MAX_MULTIPLIER
 
 # Metadata key of the digest of what decides how integers are read.
@@ -100,6 +101,10 @@ def check_values(model: nn.Module) -> None:
         if name.endswith("._multiplier") and not ((buffer >= 1) & (buffer <= MAX_MULTIPLIER)).all():
             raise ValueError(f"{name} in the checkpoint is not within 1 to {MAX_MULTIPLIER}; the file is damaged")
     for name, module in model.named_modules():
+        if isinstance(module, FormatWeight):
+            for key, tensor in module.tensors().items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name}.{key} in the checkpoint is not finite; the file is damaged")
         if isinstance(module, Quantizer):
             zero_point, grid = int(module.zero_point), module.spec.grid
             if not grid.qmin <= zero_point <= grid.qmax:

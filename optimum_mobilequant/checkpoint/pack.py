@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .. import nn as quantized_nn
 from ..log import get_logger
 from ..nn import QWeight, quantizers_of
+from ..nn.formats import FormatWeight, TunableFormat
 from ..nn.prefix import PackedPrefix, TunablePrefix
 from ..nn.tunable import TunableBias, TunableWeight
 from ..numerics import dequantize, quantize
@@ -37,6 +38,7 @@ class Packed:
         activations: quantizer name -> (scale, zero point), 0-dim.
         multipliers: module path -> multiplier of each group, for weights that have groups.
         prefix: attention path -> codes of the prefix' keys and values; empty without a prefix.
+        formatted: module path -> the tensors of a storage format, whose bias is any float32.
     """
 
     weights: dict[str, tuple[Tensor, Tensor, Tensor]]
@@ -44,6 +46,7 @@ class Packed:
     activations: dict[str, tuple[Tensor, Tensor]]
     multipliers: dict[str, Tensor] = field(default_factory=dict)
     prefix: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    formatted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat, for a stage file."""
@@ -55,6 +58,8 @@ class Packed:
             flat |= {f"activation/{name}/scale": scale, f"activation/{name}/zero_point": zero_point}
         for path, (keys, values) in self.prefix.items():
             flat |= {f"prefix/{path}/key": keys, f"prefix/{path}/value": values}
+        for path, held in self.formatted.items():
+            flat |= {f"formatted/{path}/{name}": tensor for name, tensor in held.items()}
         return {key: tensor.contiguous() for key, tensor in flat.items()}
 
     @classmethod
@@ -71,6 +76,10 @@ class Packed:
             },
             {p: tensors[f"multiplier/{p}"] for p in names("multiplier")},
             {p: (tensors[f"prefix/{p}/key"], tensors[f"prefix/{p}/value"]) for p in names("prefix")},
+            {
+                path: {k.split("/")[2]: t for k, t in tensors.items() if k.startswith(f"formatted/{path}/")}
+                for path in names("formatted")
+            },
         )
 
 
@@ -88,12 +97,17 @@ def pack(student: nn.Module, plan: Plan) -> Packed:
     bar = tqdm(plan.weights, desc="pack", leave=False, disable=not logging.is_progress_bar_enabled())
     for path in bar:
         module = modules[path]
-        if isinstance(module.weight, TunableWeight):
+        if isinstance(module.weight, TunableFormat):
+            packed.formatted[path] = module.weight.tensors()
+        elif isinstance(module.weight, TunableWeight):
             packed.weights[path] = module.weight.codes()
             if (multiplier := module.weight.multiplier()) is not None:
                 packed.multipliers[path] = multiplier
         if isinstance(module.bias if hasattr(module, "bias") else None, TunableBias):
             bias = module.bias.folded()
+            if path in packed.formatted:
+                packed.biases[path] = bias
+                continue
             scale = bias_scale(plan, path, packed.activations, packed.weights[path][1])
             zero = torch.zeros((), dtype=torch.int32, device=bias.device)
             packed.biases[path] = dequantize(quantize(bias, scale, zero, _BIAS_GRID), scale, zero)
@@ -136,7 +150,10 @@ def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
     """Turn a float model, in place, into the quantized one; each float weight is freed as it is replaced."""
     device = model.get_parameter(f"{plan.family.final_norm}.weight").device
 
-    def make_weight(path: str, _: Tensor) -> QWeight:
+    def make_weight(path: str, weight: Tensor) -> QWeight | FormatWeight:
+        if path in packed.formatted:
+            tensors = {name: tensor.to(device) for name, tensor in packed.formatted[path].items()}
+            return FormatWeight(tensors, weight.shape, plan.weights[path].rule)
         codes, scale, zero_point = (t.to(device) for t in packed.weights[path])
         multiplier = packed.multipliers.get(path)
         rule = plan.weights[path].rule
@@ -173,8 +190,9 @@ def value_path(plan: Plan) -> str:
 def skeleton(model: nn.Module, plan: Plan) -> None:
     """Replace the modules by empty quantized ones, on the model's device, for a checkpoint loader to fill."""
 
-    def make_weight(path: str, weight: Tensor) -> QWeight:
-        return QWeight.empty(weight.shape, plan.weights[path].rule, weight.device)
+    def make_weight(path: str, weight: Tensor) -> QWeight | FormatWeight:
+        rule = plan.weights[path].rule
+        return (QWeight if rule.format == "int" else FormatWeight).empty(weight.shape, rule, weight.device)
 
     def make_bias(_: str, bias: Tensor) -> nn.Parameter:
         return nn.Parameter(torch.empty_like(bias, dtype=torch.float32), requires_grad=False)

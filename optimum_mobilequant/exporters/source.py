@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..graph import Graph
 from ..graph.load import load_graph, method_of
-from ..plan import Plan
+from ..plan import Plan, refuse_formats
 from .options import DEFAULT_CONTEXT, DEFAULT_PROMPT_LENGTH, ExportOptions
 
 # Of matrices; gains have 16.
@@ -68,6 +68,7 @@ def check_weight_bits(plan: Plan) -> None:
     Raises:
         ValueError: names them and the fix.
     """
+    refuse_formats(plan)
     odd = [name for name, spec in plan.weights.items() if spec.role != "gain" and spec.rule.bits not in EXPORTED_BITS]
     if odd:
         found = sorted({plan.weights[name].rule.bits for name in odd})

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..nn.prefix import prefix_codes
 from ..numerics import Grid
-from ..plan import Plan
+from ..plan import Plan, refuse_formats
 from .ir import BATCH, MOVES, PAST, SEQUENCE, TOTAL, Dim, Encoding, Graph, Op, Value
 from .source import CheckpointSource, Constant, TensorSource
 
@@ -26,13 +26,14 @@ def build_graph(model: PreTrainedModel, plan: Plan, source: TensorSource | None 
         source: the tensors, where they are not those of ``model``.
 
     Raises:
-        ValueError: a rotary embedding whose tables depend on the length of the text.
+        ValueError: a rotary embedding whose tables depend on the length of the text; weights in a storage format.
     """
     return _Builder(model, plan, source or CheckpointSource(model, plan)).build()
 
 
 class _Builder:
     def __init__(self, model: PreTrainedModel, plan: Plan, source: TensorSource):
+        refuse_formats(plan)
         self.model, self.plan, self.source = model, plan, source
         g = plan.geometry
         self.graph = Graph({}, [], [], [], {}, {name: getattr(g, name) for name in _FACTS})

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..numerics.product import product
+from .formats import FormatWeight
 from .quantizer import Quantizer
 from .qweight import QWeight
 from .tunable import TunableBias, TunableWeight
+
+# What gives a module its weight: as stored, or as it is being tuned.
+Weight = QWeight | FormatWeight | TunableWeight
 
 
 class _Biased(nn.Module):
@@ -45,7 +49,7 @@ class QuantLinear(_Biased):
 
     def __init__(
         self,
-        weight: QWeight | TunableWeight | None,
+        weight: Weight | None,
         bias: nn.Parameter | TunableBias | None,
         output: Quantizer,
         *,
@@ -62,7 +66,7 @@ class QuantLinear(_Biased):
         # Kept out of the module tree: the table is saved, cast and moved once, by the embedding.
         object.__setattr__(self, "tied", tied)
 
-    def _weight(self) -> QWeight | TunableWeight:
+    def _weight(self) -> Weight:
         if self.weight is not None:
             return self.weight
         source: QuantEmbedding = self.tied  # type: ignore[assignment]
@@ -102,7 +106,7 @@ class QuantNorm(_Biased):
 
     def __init__(
         self,
-        weight: QWeight | TunableWeight,
+        weight: Weight,
         bias: nn.Parameter | TunableBias | None,
         output: Quantizer,
         *,
@@ -166,7 +170,7 @@ class QuantEmbedding(nn.Module):
 
     def __init__(
         self,
-        weight: QWeight | TunableWeight,
+        weight: Weight,
         output: Quantizer,
         *,
         multiplier: float,

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 from . import attention
-from .modules import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm
+from .formats import FormatWeight
+from .modules import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm, Weight
 from .prefix import Prefix, hang_prefix
 from .quantizer import Quantizer, quantize_output
 from .qweight import QWeight
 from .tunable import TunableBias, TunableWeight
 
-MakeWeight = Callable[[str, Tensor], "QWeight | TunableWeight"]
+MakeWeight = Callable[[str, Tensor], Weight]
 MakeBias = Callable[[str, Tensor], "nn.Parameter | TunableBias"]
 MakePrefix = Callable[[str], Prefix]
 
@@ -133,8 +134,8 @@ def refuse_uncovered(model: nn.Module, plan: Plan) -> None:
     Raises:
         RuntimeError: names the float modules left, whose tensors a converter would encode by itself.
     """
-    ours = (QuantLinear, QuantNorm, QuantEmbedding, QuantActivation, Quantizer, QWeight, TunableWeight, TunableBias)
-    ours += (Prefix,)  # type: ignore[assignment]
+    modules = (QuantLinear, QuantNorm, QuantEmbedding, QuantActivation, Quantizer)
+    ours = (*modules, QWeight, FormatWeight, TunableWeight, TunableBias, Prefix)
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, ours))
     left = []
     for name, module in model.named_modules():

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..families import Family, Geometry
 from ..numerics import Grid
-from .presets import Scheme, WeightRule
+from .presets import Scheme, WeightRule, check_format
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,22 @@ class Plan:
     weights: Mapping[str, WeightSpec]
     moves: Mapping[str, str]
     prefix: tuple[int, ...] = ()
+
+
+def refuse_formats(plan: Plan) -> None:
+    """Refuse weights that are no integers on a grid, for whatever computes with integers.
+
+    Raises:
+        ValueError: names them and the fix.
+    """
+    found = {name: spec.rule.format for name, spec in plan.weights.items() if spec.rule.format != "int"}
+    if found:
+        names = [*found][:3] + ([f"{len(found) - 3} more"] if len(found) > 3 else [])
+        raise ValueError(
+            f"{', '.join(names)} are stored as {' and '.join(sorted(set(found.values())))}, a format for CPU and GPU "
+            'that no integer graph, NPU or export computes with: quantize again with weight_format="int" '
+            '(recipe="adpq" is the part of AdpQ that integers can have)'
+        )
 
 
 def build_plan(
@@ -205,6 +221,7 @@ def _apply_overrides(
                 if weights[name].role == "gain":
                     continue  # norm gains stay 16-bit constants; a pattern such as "*layers.0.*" must not break them
                 weights[name] = replace(weights[name], rule=replace(weights[name].rule, **rule_change))
+                check_format(name, weights[name].rule)
                 hits += 1
         if "bits" in change:
             for name in (n for n in activations if fnmatch(n, pattern) and activations[n].fixed is None):

@@ -7,8 +7,10 @@ adds, scores, embedding output, final norm, logits) are filled with 16 bits so t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from ..lookup import unknown_name
 
 GROUPS = {"group32": 32, "group64": 64, "group128": 128}
 GRANULARITIES = ("channel", "tensor", *GROUPS)
@@ -18,13 +20,27 @@ GRANULARITIES = ("channel", "tensor", *GROUPS)
 class WeightRule:
     """How the weights of one role are stored.
 
-    ``granularity`` is ``"channel"`` (a scale for each output row), ``"tensor"``, or ``"group128"`` and the like: rows
-    with a whole multiplier for each 128 columns (``numerics.groups``), 4 bits and symmetric.
+    Args:
+        granularity: of the scale of an integer grid: ``"channel"`` (one for each output row), ``"tensor"``, or
+            ``"group128"`` and the like: rows with a whole multiplier for each 128 columns (``numerics.groups``), 4
+            bits and symmetric.
+        format: ``"int"``, a grid of integers; or a storage format of ``nn.formats.FORMATS``, which no integer graph
+            takes and for which ``symmetric`` and ``granularity`` mean nothing.
+        span: columns of a row that share a range, in a storage format.
+        outliers: share of each row that ``"adpq"`` keeps apart.
     """
 
     bits: int
     symmetric: bool = True
     granularity: str = "channel"
+    format: str = "int"
+    span: int = 0
+    outliers: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON; what only storage formats have is left out of a grid of integers."""
+        values = asdict(self)
+        return values if self.format != "int" else {k: values[k] for k in ("bits", "symmetric", "granularity")}
 
     @property
     def group(self) -> int | None:
@@ -77,7 +93,7 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "weights": {role: asdict(rule) for role, rule in self.weights.items()},
+            "weights": {role: rule.to_dict() for role, rule in self.weights.items()},
             "activations": dict(self.activations),
             "summary": self.summary,
         }
@@ -106,7 +122,49 @@ class Scheme:
             raise ValueError(f"weight bits must be 3, 4, 8 or 16, not {bad_rules}")
         if bad_rules := {role: rule for role, rule in weights.items() if rule.granularity not in GRANULARITIES}:
             raise ValueError(f"weight granularity must be one of {GRANULARITIES}, not {bad_rules}")
+        for role, rule in weights.items():
+            check_format(role, rule)
         return cls(weights, activations, data.get("summary", ""))
+
+
+# Bits of each storage format, and the roles that can have one.
+FORMAT_BITS = {"e0m4": (4,), "adpq": (3, 4)}
+_FORMAT_ROLES = _LINEAR_ROLES
+
+
+def check_format(name: str, rule: WeightRule) -> None:
+    """Refuse a rule whose format does not exist, or not at its bits.
+
+    Raises:
+        ValueError: names the weight or role.
+    """
+    if rule.format == "int":
+        return
+    if rule.format not in FORMAT_BITS:
+        raise ValueError(unknown_name("weight format", rule.format, ("int", *FORMAT_BITS)))
+    if rule.bits not in (known := FORMAT_BITS[rule.format]):
+        raise ValueError(
+            f"{name}: the weight format {rule.format} has {' or '.join(map(str, known))} bits, not {rule.bits}; use "
+            'preset="w4a8" or "w4a16", or override these weights with {"weight_format": "int"} beside their bits'
+        )
+    if rule.span < 1 or not 0 <= rule.outliers < 1:
+        raise ValueError(f"{name}: a storage format needs a span of 1 or more and a share of outliers below 1")
+
+
+def with_format(scheme: Scheme, name: str, *, span: int, outliers: float) -> Scheme:
+    """The scheme with its projections in a storage format.
+
+    Raises:
+        ValueError: the format has none of the scheme's bits.
+    """
+    weights = dict(scheme.weights)
+    for role in _FORMAT_ROLES:
+        share = outliers if name == "adpq" else 0.0
+        weights[role] = replace(
+            weights[role], symmetric=True, granularity="channel", format=name, span=span, outliers=share
+        )
+        check_format(role, weights[role])
+    return replace(scheme, weights=weights)
 
 
 def _scheme(

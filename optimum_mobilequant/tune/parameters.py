@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Mode, Quantizer, quantizers_of, set_mode
+from ..nn.formats import TunableFormat
 from ..nn.matrix import Matrix
 from ..nn.modules import QuantLinear
 from ..nn.tunable import LogScale, TunableWeight
+from ..numerics.adpq import CLIP_POWER, CLIP_SHARES, row_quantile
 from ..numerics.fake import clipped_range, round_straight_through
 from ..numerics.groups import group_units
-from ..numerics.qparams import affine_qparams, affine_scale_and_offset, dequantize, quantize, weight_qparams
+from ..numerics.qparams import (
+    SMALLEST_RANGE,
+    affine_qparams,
+    affine_scale_and_offset,
+    dequantize,
+    quantize,
+    weight_qparams,
+)
 from ..plan import Plan, WeightSpec
 from ..transform import Edge
 
@@ -78,7 +87,10 @@ class Learnables(nn.Module):
         for name, weight in self._weights.items():
             if weight.spec.role not in _CLIPPED_ROLES:
                 continue
-            make = least_error_clip if init == "mse" else _constant_clip
+            if isinstance(weight, TunableFormat):  # no range of a row to clip; its groups can narrow theirs
+                weight.search = init == "mse"
+                continue
+            make = {"mse": least_error_clip, "adpq": adaptive_lasso_clip}.get(init, _constant_clip)
             self.clips[_key(name)] = nn.Parameter(make(weight.folded(), weight.spec))
             weight.clip = self.clips[_key(name)]
 
@@ -207,3 +219,29 @@ def least_error_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
         best_error = torch.where(better, error, best_error)
         best_logit = torch.where(better, logit, best_logit)
     return best_logit
+
+
+def adaptive_lasso_clip(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    """As :func:`least_error_clip`, of the clips that cut off the outliers of an adaptive LASSO (AdpQ).
+
+    A candidate is the largest magnitude of the unit that is no outlier at one of ``CLIP_SHARES``; the error has the
+    power ``CLIP_POWER``. No data enters.
+    """
+    units, symmetric = _units(matrix, spec), spec.rule.symmetric
+    high, low = units.amax(1, keepdim=True).clamp(min=0.0), -units.amin(1, keepdim=True).clamp(max=0.0)
+    if symmetric:
+        high = low = torch.maximum(high, low)
+    best = _constant_clip(matrix, spec)
+    best_error = torch.full((len(units), 1), float("inf"), device=matrix.device)
+    for share in CLIP_SHARES:
+        end = row_quantile(units, share)
+        kept = torch.cat([end / low.clamp(min=SMALLEST_RANGE), end / high.clamp(min=SMALLEST_RANGE)], dim=1)
+        logit = torch.logit(kept.clamp(1e-3, 1 - 1e-4))
+        ends = clipped_range(units, logit, symmetric=symmetric, per_channel=True)
+        scale, zero_point = weight_qparams(*ends, spec.grid, symmetric)
+        rounded = dequantize(quantize(units, scale, zero_point, spec.grid), scale, zero_point)
+        error = (rounded - units).abs().pow(CLIP_POWER).mean(1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, logit, best)
+    return best

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Mode, set_mode, swap
+from ..nn.formats import TunableFormat
 from ..nn.prefix import TunablePrefix, logits_behind
 from ..nn.tunable import TunableBias, TunableWeight
 from ..plan import Plan
@@ -72,7 +73,7 @@ def build_student(
     swap(
         student,
         plan,
-        lambda path, weight: TunableWeight(
+        lambda path, weight: (TunableWeight if plan.weights[path].rule.format == "int" else TunableFormat)(
             weight.detach(),
             plan.weights[path],
             offset=plan.family.gain_offset if plan.weights[path].role == "gain" else 0.0,

@@ -18,7 +18,7 @@ def bits_of(model):
 
 @pytest.mark.parametrize("sensitivity", ["jaccard", "kl", "hessian"])
 def test_a_mixed_model_is_saved_with_the_bytes_it_was_given(sensitivity, tmp_path):
-    options = {"bits": "auto:24500B", "sensitivity": sensitivity, "bit_choices": [3, 4, 8]}
+    options = {"bits": "auto:24500B", "sensitivity": sensitivity, "bit_choices": [3, 4, 8], "prefix": [5, 6]}
     model = quantize(build("llama-bias", num_hidden_layers=3), None, config("w8a8", **options))
     saved, record = model.config.quantization_config, model.config.quantization_config.recorded["allocation"]
     assert saved.bits is saved.sensitivity is saved.bit_choices is None
