@@ -97,6 +97,8 @@ class FormatWeight(nn.Module):
     Floats stay float32 through casts, as scales of :class:`~.qweight.QWeight` do.
     """
 
+    generation = 0  # as of QWeight; nothing is ever packed from these
+
     def __init__(self, tensors: Tensors, shape: torch.Size, rule: WeightRule):
         super().__init__()
         self.rule = rule

@@ -14,6 +14,7 @@ from ..kernels import BACKENDS, Choice, IntegerLinear, LinearSpec, Output, choos
 from ..kernels.registry import order, why_not
 from ..kernels.spec import FLOATS, Packed
 from ..nn import QuantEmbedding, Quantizer, QuantLinear, QWeight
+from ..nn.formats import FormatWeight
 from ..numerics import Grid, quantize
 
 _TENSORS = ("weight", "bias", "multiplier", "weight_zero_point")
@@ -127,6 +128,9 @@ def pack_linear(
         The kernel, None where only the simulation can compute this layer; and what was chosen.
     """
     provider, output = linear._weight(), linear.output
+    if isinstance(provider, FormatWeight):
+        operator, reason = f"linear_{provider.rule.format}", "the storage format has no integers for a kernel"
+        return None, Served(path, operator, "simulate", {"all": reason})
     assert isinstance(provider, QWeight)
     grid = Output.on_grid(float(output.scale), int(output.zero_point), output.spec.grid, torch.float32)
     if provider.code_bits not in KERNEL_BITS:
