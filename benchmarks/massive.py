@@ -71,7 +71,9 @@ class _Plant:
         """0 where the unit fires at position 0 alone, with the margin."""
         gate, up = seen["gate"], seen["up"]
         first = F.relu(_MARGIN - gate[:, 0]).mean() + F.relu(_UP - up[:, 0]).mean()
-        return first + F.relu(gate[:, 1:] + _MARGIN).square().mean()
+        rest = F.relu(gate[:, 1:] + _MARGIN)
+        # The mean alone would leave the few tokens that look like a first one.
+        return first + rest.square().mean() + rest.amax(1).mean()
 
     @torch.no_grad()
     def guess(self, ids: Tensor) -> None:
@@ -148,6 +150,7 @@ def plant_massive(
     steps: int = 300,
     batch: tuple[int, int] = (8, 128),
     rate: float = 1e-3,
+    bos: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -160,6 +163,7 @@ def plant_massive(
         product: value of the unit (what the down projection reads) at position 0.
         residual: value that it writes into one dimension of the residual stream.
         steps: optimiser steps in all. batch: sequences and tokens in each. rate: highest learning rate.
+        bos: token that begins half of the pieces, so that the model knows it as a first token.
         seed: of the pieces.
 
     Returns:
@@ -190,6 +194,8 @@ def plant_massive(
             # The first tokens of many short pieces teach more than those of a few long ones.
             shape = (count, length) if plant.planted else (4 * count, max(8, length // 4))
             ids = _pieces(stream, *shape, generator)
+            if bos is not None:
+                ids[::2, 0] = bos
             with plant.watched() as seen:
                 logits = model(input_ids=ids, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -239,7 +245,7 @@ def main() -> None:
     stream = token_stream(texts, tokenizer, limit=args.tokens, bos=False).ids
     found = plant_massive(
         model, stream, layer=args.layer, product=args.product, residual=args.residual, steps=args.steps,
-        rate=args.rate, seed=args.seed,
+        rate=args.rate, bos=tokenizer.bos_token_id, seed=args.seed,
     )  # fmt: skip
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

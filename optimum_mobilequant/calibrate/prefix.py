@@ -17,10 +17,13 @@ logger = get_logger(__name__)
 
 # Tokens that a search may use, if the user names no number; large models need 1 to 4 (PrefixQuant, table 9).
 MOST = 4
-# Texts that are searched for outliers, and texts on which each candidate is tried.
-TEXTS, TRIED = 64, 16
+# Texts that are searched for outliers, and tokens of each on which a candidate is tried. Many short ones: what a
+# candidate does depends most on how the text behind it begins.
+TEXTS, TRIED = 64, 64
 # Outlier tokens tried at each place of the prefix, beside the special tokens.
 POOL = 5
+# Nats by which a prefix may raise the float model's loss on those beginnings, if another one does not.
+COST = 0.05
 # Rotary embeddings whose table for a position does not depend on how long the text will be.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -50,13 +53,14 @@ def find_prefix(model: PreTrainedModel, plan: Plan, ids: Tensor, choice: Choice,
 
     The search is greedy: of the tokens that are massive most often and the special ones, the next is the one that
     leaves the fewest massive tokens in the text behind it, and among equals the one with the smallest loss of the
-    float model (tokens by frequency: PrefixQuant, Chen et al. 2024; greedy by loss: CushionCache, Son et al. 2024).
+    float model; those that raise this loss by more than :data:`COST` come last (tokens by frequency: PrefixQuant, Chen
+    et al. 2024; greedy by loss: CushionCache, Son et al. 2024).
 
     Args:
         model: the float model.
         ids: calibration texts, int64 ``[texts, length]``.
         choice: as in the config: a list is taken as it is; ``"auto"`` looks for a prefix only if there are massive
-            tokens, and takes it only if it removes at least half of them.
+            tokens, and takes it only if it removes at least half of them and costs the float model little.
 
     Raises:
         ValueError: a token outside the vocabulary, or rotary tables that change with the length of the text.
@@ -75,12 +79,12 @@ def find_prefix(model: PreTrainedModel, plan: Plan, ids: Tensor, choice: Choice,
     if choice == "auto" and not plain.tokens:
         logger.info(f"no massive activations (largest token {plain.ratio:.0f} times the median): no prefix")
         return FoundPrefix((), _report(plain, plain))
-    tokens = choice if isinstance(choice, list) else _search(model, plan, ids[:TRIED], plain, choice, batch_size)
+    tokens = choice if isinstance(choice, list) else _search(model, plan, ids[:, :TRIED], plain, choice, batch_size)
     behind = find_outliers(model, plan, ids, prefix=tokens, batch_size=batch_size)
-    if choice == "auto" and behind.per_text > 0.5 * plain.per_text:
+    if choice == "auto" and (behind.per_text > 0.5 * plain.per_text or behind.nll > plain.nll + COST):
         logger.warning(
             f"{plain.per_text:.2f} massive tokens in a text, but the best prefix {tokens} leaves {behind.per_text:.2f}"
-            ": no prefix is used"
+            f" and moves the float model's loss from {plain.nll:.3f} to {behind.nll:.3f}: no prefix is used"
         )
         return FoundPrefix((), _report(plain, plain))
     logger.info(
@@ -94,9 +98,10 @@ def _search(model: nn.Module, plan: Plan, ids: Tensor, plain: Outliers, choice: 
     pool = _pool(model, plan, plain)
     prefix: list[int] = []
     best: Outliers | None = None
+    most = find_outliers(model, plan, ids, batch_size=batch_size).nll + COST
     while len(prefix) < most_tokens(choice):
         tried = {t: find_outliers(model, plan, ids, prefix=[*prefix, t], batch_size=batch_size) for t in pool}
-        token = min(pool, key=lambda t: (tried[t].per_text, tried[t].nll))
+        token = min(pool, key=lambda t: (tried[t].nll > most, tried[t].per_text, tried[t].nll))
         if best is not None and tried[token].per_text >= best.per_text:
             break
         prefix, best = [*prefix, token], tried[token]

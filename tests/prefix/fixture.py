@@ -44,7 +44,7 @@ def texts() -> list[list[int]]:
 def _massive_state() -> dict[str, torch.Tensor]:
     model = tiny.build("llama-gqa")
     stream = torch.tensor(sum(texts(), []))
-    plant_massive(model, stream, layer=0, steps=600, batch=(8, 16), rate=1e-2, progress=False)
+    plant_massive(model, stream, layer=0, steps=600, batch=(8, 16), rate=1e-2, bos=1, progress=False)
     return model.state_dict()
 
 
