@@ -99,7 +99,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         out = _snap(x, scale, zero_point, grid)
-        ctx.save_for_backward(x, scale, zero_point)
+        ctx.save_for_backward(x, out, scale, zero_point)
         ctx.grid = grid
         scale, zero_point = scale.detach(), zero_point.detach()
         return follows_from(out, lambda t: _snap(t, scale, zero_point, grid), x)
@@ -107,11 +107,10 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, scale, zero_point = ctx.saved_tensors
+        x, out, scale, zero_point = ctx.saved_tensors
         grad_x = _inside_only(grad, x, scale, zero_point, ctx.grid)
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
-            out = _snap(x, scale, zero_point, ctx.grid)
             flat, flat_x = grad.reshape(-1), grad_x.reshape(-1)
             grad_scale = (torch.dot(flat, out.reshape(-1)) - torch.dot(flat_x, x.reshape(-1))) / scale
             if ctx.needs_input_grad[2]:
@@ -188,7 +187,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         scale, zero_point = weight_qparams(low, high, grid, symmetric)
         out = _snap(scaled, scale, zero_point.float(), grid)
         # Only the weight and vectors are kept: the rescaled copy and the result are recomputed.
-        ctx.save_for_backward(weight, row_log, column_log, clip, low, high, scale, zero_point)
+        ctx.save_for_backward(weight, row_log, column_log, clip, out, low, high, scale, zero_point)
         ctx.scheme = (grid, symmetric, per_channel)
 
         def again(weight: Tensor) -> Tensor:
@@ -200,10 +199,9 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, row_log, column_log, clip, low, high, scale, zero_point = ctx.saved_tensors
+        weight, row_log, column_log, clip, out, low, high, scale, zero_point = ctx.saved_tensors
         grid, symmetric, per_channel = ctx.scheme
         scaled = rescale(weight, row_log, column_log)
-        out = _snap(scaled, scale, zero_point.float(), grid)
         grad_scaled = _inside_only(grad, scaled, scale, zero_point, grid)
         product = grad_scaled * scaled  # d/dlog of a scale is the sum of these over what it multiplies
 
@@ -273,15 +271,15 @@ class _FakeQuantizeOffset(torch.autograd.Function):
     ) -> Tensor:
         step = scale * gain_log.exp()
         low, high = (grid.qmin - zero_point).float(), (grid.qmax - zero_point).float()
-        ctx.save_for_backward(base, offset, step, low, high)
         out = _snap_offset(base, offset, step, low, high)
+        ctx.save_for_backward(base, offset, step, out, low, high)
         return follows_from(out, _snap_offset, base, offset, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        base, offset, step, low, high = ctx.saved_tensors
-        place, out = base + offset, _snap_offset(base, offset, step, low, high)
+        base, offset, step, out, low, high = ctx.saved_tensors
+        place = base + offset
         inside = (place > low - 0.5) & (place < high + 0.5)
         return None, None, None, grad * step * inside, (grad * out).sum(1, keepdim=True), None
 

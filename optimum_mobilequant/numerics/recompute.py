@@ -7,6 +7,7 @@ it is made, and makes it again, bit for bit, when a gradient asks for it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 _MARK = "mobilequant_origin"
+_LAST = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def follows_from(out: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> T
 @contextmanager
 def recomputing() -> Iterator[None]:
     """Graphs built inside keep no tensor that was marked by :func:`follows_from`."""
-    with torch.autograd.graph.saved_tensors_hooks(_keep, _make):
+    with torch.autograd.graph.saved_tensors_hooks(_keep, _Maker()):
         yield
 
 
@@ -70,10 +72,27 @@ def _keep(tensor: Tensor) -> Any:
     return _View(origin, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-def _make(kept: Any) -> Tensor:
-    if isinstance(kept, _Kept):
-        if kept.tensor._version != kept.version:
-            raise RuntimeError("a tensor that the backward pass needs was changed in place after it was computed")
-        return kept.tensor
-    made = kept.origin.make(*(_make(part) for part in kept.origin.inputs))
-    return made.as_strided(kept.size, kept.stride, kept.offset)
+class _Maker:
+    """Makes tensors again. The last few stay: the operations that read one tensor follow each other in a backward
+    pass, and so does the rounding that made it."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[int, tuple[_Origin, Tensor, int]] = OrderedDict()
+
+    def __call__(self, kept: Any) -> Tensor:
+        if isinstance(kept, _Kept):
+            if kept.tensor._version != kept.version:
+                raise RuntimeError("a tensor that the backward pass needs was changed in place after it was computed")
+            return kept.tensor
+        return self._of(kept.origin).as_strided(kept.size, kept.stride, kept.offset)
+
+    def _of(self, origin: _Origin) -> Tensor:
+        found = self._made.get(id(origin))
+        if found is not None and found[1]._version == found[2]:
+            self._made.move_to_end(id(origin))
+            return found[1]
+        made = origin.make(*(self(part) for part in origin.inputs))
+        self._made[id(origin)] = origin, made, made._version  # the origin is held, so its id stays its own
+        if len(self._made) > _LAST:
+            self._made.popitem(last=False)
+        return made

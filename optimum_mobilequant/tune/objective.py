@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..numerics.product import product
 from ..numerics.recompute import recomputing
 from ..plan import Plan
 from .targets import Targets, entering, teacher_arithmetic
@@ -121,7 +122,10 @@ def make_objective(
 
         def head(hidden: Tensor) -> Tensor:
             with teacher_arithmetic(ids.device, teacher_dtype):
-                logits: Tensor = teacher.get_submodule(family.head)(hidden)
+                last = teacher.get_submodule(family.head)
+                if isinstance(last, nn.Linear) and teacher_dtype == "float32":
+                    return product(hidden, last.weight, last.bias)
+                logits: Tensor = last(hidden)
             return logits
 
         with recomputing():

@@ -66,7 +66,7 @@ def kept_bytes(context_of):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    hooks = (count, recompute._make) if context_of == "recomputing" else (count_all, lambda t: t)
+    hooks = (count, recompute._Maker()) if context_of == "recomputing" else (count_all, lambda t: t)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
         loss = network(**parameters())
     loss.backward()
