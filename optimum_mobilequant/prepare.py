@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as package_version
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,6 +167,15 @@ class Prepared:
             + f"start {exp_or_inf(self.start_nll):.4f}"
         )
 
+    def _forget_folders(self) -> None:
+        """A checkpoint is published; where its maker keeps files is nobody's business. Their names stay."""
+        self.config.run_dir = None
+        for name in ("dataset", "finetune_dataset"):
+            given = getattr(self.config, name)
+            if isinstance(given, str) and (path := Path(given).expanduser()).is_file():
+                setattr(self.config, name, path.name)
+                self.recorded["data"] = self.recorded["data"].replace(given, path.name)
+
     def record(
         self, result: LearnResult, rounded: LearnResult | None, finetuned: LearnResult | None, final_nll: float
     ) -> None:
@@ -195,6 +205,7 @@ class Prepared:
             "minutes": round((time.monotonic() - self.started) / 60, 3),
             "peak_memory_bytes": peak,
         }
+        self._forget_folders()
         self.config.recorded = self.recorded
         values = self.recorded["validation_perplexity"]
         logger.info(

@@ -298,6 +298,18 @@ def test_eval_measures_a_float_model(float_model, text_file, capsys):
     assert [line.split("  ")[0] for line in lines] == ["perplexity", "word perplexity", "tokens", "seconds"]
 
 
+def test_a_checkpoint_does_not_tell_its_makers_folders(float_model, text_file, tmp_path):
+    out, run = tmp_path / "out", tmp_path / "run"
+    options = ["--preset", "w8a8", "--recipe", "rtn", "--effort", "none", "--set", "samples=8", "--set", "seq_len=32"]
+    argv = ["quantize", str(float_model), "--dataset", str(text_file), "--out", str(out), "--run-dir", str(run)]
+    assert cli.main([*argv, *options]) == 0
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["dataset"] == text_file.name and stored["run_dir"] is None
+    assert f'"{text_file.name}"' in stored["recorded"]["data"]
+    assert str(text_file.parent) not in (out / "config.json").read_text()
+    assert str(tmp_path) not in (out / "config.json").read_text()
+
+
 def test_quantize_eval_inspect(float_model, text_file, tmp_path, capsys):
     out = tmp_path / "out"
     sizes = ("--set", "samples=4", "--set", "seq_len=32")

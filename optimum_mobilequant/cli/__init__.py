@@ -11,11 +11,11 @@ import os
 import sys
 import traceback
 
-from . import bench, compare, doctor, evaluate, export, inspect, ladder, listing, push, quantize
+from . import bench, compare, doctor, evaluate, export, inspect, ladder, listing, push, quantize, report
 from .common import BAD_INPUT, FAILED_RUN
 
 # In the order of the help page.
-COMMANDS = (quantize, evaluate, ladder, compare, bench, inspect, export, push, listing, doctor)
+COMMANDS = (quantize, evaluate, ladder, compare, bench, inspect, report, export, push, listing, doctor)
 
 
 def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:

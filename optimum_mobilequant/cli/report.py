@@ -24,7 +24,9 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="run directory of the checkpoint: ranges, learned parameters")
     parser.add_argument("--text", metavar="FILE", help="measure the error of every activation on this text")
     parser.add_argument("--seq-len", type=positive, default=128, metavar="N", help="tokens in a window (128)")
-    parser.add_argument("--tokens", type=positive, default=1024, metavar="N", help="tokens of the text that are read (1024)")
+    parser.add_argument(
+        "--tokens", type=positive, default=1024, metavar="N", help="tokens of the text that are read (1024)"
+    )
     parser.add_argument("--site", metavar="NAME", help="activation whose distribution is shown (the worst)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
 

@@ -1,4 +1,4 @@
-"""What a report is made of: everything a checkpoint or a run directory says about itself, and what is measured on a text."""
+"""What a report is made of: all that a checkpoint or a run directory says about itself, and errors on a text."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _read_stage(report: Report, stage: str, file: Path) -> None:
             meta = json.loads((opened.metadata() or {}).get("meta", "{}"))
             if meta.get("history") and stage not in report.history:
                 report.history[stage] = [tuple(pair) for pair in meta["history"]]
-            for key in opened.keys():
+            for key in opened.keys():  # noqa: SIM118 (no dict)
                 kind, _, name = key.partition("/")
                 if stage in ("calibrate", "transform") and kind == "low":
                     high = opened.get_tensor(f"high/{name}")

@@ -102,7 +102,7 @@ def _bit_plan(report: Report) -> str:
     cells: dict[tuple[str, int], float] = {}
     for row in report.rows:
         parts = row["tensor"].split(".layers.")
-        if row["kind"] == "weight" and len(parts) > 1:
+        if row["kind"] == "weight" and row["role"] != "gain" and len(parts) > 1:
             layer, _, name = parts[1].partition(".")
             cells[name.removesuffix(".weight"), int(layer)] = float(row["bits"])
     if not cells or len(set(cells.values())) == 1:
@@ -120,7 +120,8 @@ def _heat(report: Report) -> str:
     }
     if not cells:
         return ""
-    note = f"<p>SQNR of each activation's own rounding on {report.sites.tokens} tokens, in dB; the strongest is worst.</p>"
+    read = f"on {report.sites.tokens} tokens, in dB; the strongest is worst."
+    note = f"<p>SQNR of each activation's own rounding {read}</p>"
     return note + svg.heat_map("SQNR by site and layer", cells, "dB")
 
 

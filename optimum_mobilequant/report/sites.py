@@ -92,14 +92,14 @@ def measure_sites(
     if len(ids) < seq_len:
         raise ValueError(f"the text has {len(ids)} tokens, one window {seq_len}: give more text or lower seq_len")
     windows = ids[: max(seq_len, min(len(ids), tokens) // seq_len * seq_len)].view(-1, seq_len)
-    names = {spec.name for spec in plan_of(model, model.config.quantization_config).activations}
+    names = set(plan_of(model, model.config.quantization_config).activations)
     with simulated(model):
         quantizers = {m.spec.name: m for m in model.modules() if isinstance(m, Quantizer) and m.spec.name in names}
         if histogram is not None:
             lookup("activation", quantizers, histogram)
         sites = {name: _Site(quantizer) for name, quantizer in quantizers.items()}
         handles = [quantizers[name].register_forward_hook(site) for name, site in sites.items()]
-        _read(model, windows, "errors of sites")
+        _read(model, windows, "read sites")
         for handle in handles:
             handle.remove()
         result = SiteErrors({name: site.result() for name, site in sites.items()}, {}, windows.numel())

@@ -94,8 +94,11 @@ def heat_map(label: str, cells: Mapping[tuple[str, int], float], unit: str) -> s
     step = max(1, len(columns) // 12)
     for x, column in enumerate(columns):
         if x % step == 0:
-            parts.append(f'<text x="{150 + wide * x + wide / 2}" y="{height - 6}" text-anchor="middle">{column}</text>')
+            parts.append(
+                f'<text x="{150 + wide * x + wide / 2}" y="{height - 6}" text-anchor="middle">{column}</text>'
+            )
     return (
-        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+        f'<svg class="plot" viewBox="0 0 {width} {height}" style="max-width: {1.25 * width:.0f}px" role="img" '
+        f'aria-label="{html.escape(label)}">'
         f"<title>{html.escape(label)}</title>{''.join(parts)}</svg>"
     )
