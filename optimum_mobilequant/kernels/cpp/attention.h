@@ -31,6 +31,7 @@ void score_tile(const Attention& a, int64_t batch, int64_t kv_head, int64_t r0, 
   const int32_t* key_sums = a.key_sums + head * a.capacity;
   const int32_t low = static_cast<int32_t>(-a.score_zero), high = static_cast<int32_t>(a.score_qmax - a.score_zero);
   const int32_t lift = static_cast<int32_t>(a.score_zero + a.move);
+  const double factor = factor_of(a.score_mantissa, a.score_shift);
   int32_t sums[kRows * kPanel], lower[kRows * kPanel], origin[kPanel];
   for (int64_t p = 0; p < panels; ++p) {
     const int8_t* w = a.keys + (head * (a.capacity / kPanel) + p) * steps * 4 * kPanel;
@@ -45,6 +46,15 @@ void score_tile(const Attention& a, int64_t batch, int64_t kv_head, int64_t r0, 
       const int32_t* keys = key_sums + p * kPanel;
       if (a.query_planes == 1) {
         const int32_t base = static_cast<int32_t>(fixed), zero = static_cast<int32_t>(a.query_zero);
+        if (kDoubles) {
+          int64_t ties = 0;
+          for (int i = 0; i < kPanel; ++i) {
+            const int32_t total = sum[i] + base - zero * keys[i];
+            const int32_t v = nearest(static_cast<double>(total) * factor, &ties);
+            out[i] = static_cast<uint16_t>(clamped32(v, low, high) + lift);
+          }
+          if (!ties) continue;
+        }
         for (int i = 0; i < kPanel; ++i) {
           const int32_t total = sum[i] + base - zero * keys[i];
           const int64_t v = rounding_shift(static_cast<int64_t>(total) * a.score_mantissa, a.score_shift);

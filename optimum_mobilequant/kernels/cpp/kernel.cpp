@@ -38,7 +38,9 @@ inline uint16_t to_bfloat16(float value) {  // round to nearest, ties to even; v
 
 // Plain loops: the compiler vectorises them, and every instruction set rounds in the same way. The rounding of codes
 // is that of optimum_mobilequant.numerics.integer.requantize, bit for bit.
-void finish_row(const Linear& a, int64_t row, int64_t column, int width, const int32_t* row_sum, int32_t* sums) {
+// scale: mantissas * 2^-shift of the panel's channels, where kDoubles.
+void finish_row(const Linear& a, int64_t row, int64_t column, int width, const int32_t* row_sum, const double* scale,
+                int32_t* sums) {
   const int shift = a.bits == 4 ? 4 : 0;
   if (a.bias) {
     const int32_t* bias = a.bias + column;
@@ -70,7 +72,21 @@ void finish_row(const Linear& a, int64_t row, int64_t column, int width, const i
   } else {
     const int32_t* mantissa = a.mantissa + column;
     const int32_t* shift_by = a.mantissa + a.n + column;
-    if (a.low) {
+    int64_t ties = 1;
+    if (kDoubles) {
+      ties = 0;
+      if (a.low) {
+        const int32_t *low = a.low + column, *high = a.high + column;
+        for (int i = 0; i < width; ++i)
+          steps[i] = clamped32(nearest(static_cast<double>(sums[i]) * scale[i], &ties), low[i], high[i]);
+      } else {
+        const int32_t low = -a.zero_point, high = a.qmax - a.zero_point;
+        for (int i = 0; i < width; ++i)
+          steps[i] = clamped32(nearest(static_cast<double>(sums[i]) * scale[i], &ties), low, high);
+      }
+    }
+    if (!ties) {
+    } else if (a.low) {
       for (int i = 0; i < width; ++i)
         steps[i] = clamped(rounding_shift(static_cast<int64_t>(sums[i]) * mantissa[i], shift_by[i]),
                            a.low[column + i], a.high[column + i]);
@@ -126,6 +142,9 @@ void run_panel(const Linear& a, int64_t panel, int64_t m0, int64_t m1, int8_t* s
   }
   const int64_t column = panel * kPanel;
   const int width = static_cast<int>(a.n - column < kPanel ? a.n - column : kPanel);
+  double scale[kPanel];
+  if (kDoubles && a.mantissa && a.output != kTotal && a.output != kFloat && a.output != kBFloat16)
+    for (int i = 0; i < width; ++i) scale[i] = factor_of(a.mantissa[column + i], a.mantissa[a.n + column + i]);
   int32_t sums[kRows * kPanel];
   for (int64_t row = m0; row < m1;) {
     // Tiles of even height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
@@ -134,7 +153,7 @@ void run_panel(const Linear& a, int64_t panel, int64_t m0, int64_t m1, int8_t* s
     kTiles[four_bit][rows - 1](a.x + row * a.ldx, a.ldx, w, steps, ahead, sums);
     ahead.at += 64 * ahead.lines * steps;
     if (ahead.at >= ahead.end) ahead.lines = 0;
-    for (int r = 0; r < rows; ++r) finish_row(a, row + r, column, width, row_sum, sums + r * kPanel);
+    for (int r = 0; r < rows; ++r) finish_row(a, row + r, column, width, row_sum, scale, sums + r * kPanel);
     row += rows;
   }
 }
