@@ -41,11 +41,11 @@ def run(call: Call) -> Tensor:
 
 
 def finish_float(steps: Tensor, call: Call) -> Tensor:
-    """An output from float32 steps of its grid (or from reals, where it has none)."""
+    """An output from float32 steps of its grid (or from reals, where it has none); ``steps`` is overwritten."""
     output = call.output
     if not output.qmax:
         return steps.to(output.dtype)
-    steps = steps.round().clamp(-output.zero_point, output.qmax - output.zero_point)
+    steps = steps.round_().clamp_(-output.zero_point, output.qmax - output.zero_point)
     if output.dtype.is_floating_point:
-        return (steps * output.scale).to(output.dtype)
-    return (steps + output.zero_point).to(output.dtype)
+        return steps.mul_(output.scale).to(output.dtype)
+    return steps.add_(output.zero_point).to(output.dtype)

@@ -2,5 +2,6 @@
 
 from .backend import backend_of, served, set_backend, simulated
 from .linear import PackedLinear, Served
+from .survey import survey
 
-__all__ = ["PackedLinear", "Served", "backend_of", "served", "set_backend", "simulated"]
+__all__ = ["PackedLinear", "Served", "backend_of", "served", "set_backend", "simulated", "survey"]

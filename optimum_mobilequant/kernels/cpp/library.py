@@ -212,7 +212,7 @@ class Library:
         """A norm of float32 rows ``[..., width]``, contiguous, on its input's grid."""
         out = torch.empty_like(x)
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        if self._library.mq_norm(
+        if rows and self._library.mq_norm(
             x.data_ptr(), out.data_ptr(), rows, block.data_ptr(), torch.get_num_threads(), self._isa
         ):
             raise MemoryError(f"no memory for a norm of {rows} rows")
