@@ -1,5 +1,7 @@
 """GPTQ and Qronos inside a run: what they see, what they leave alone, and that they help."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -72,61 +74,62 @@ def test_worse_than_nearest_is_dropped(monkeypatch, caplog):
     assert torch.equal(logits_of(model), logits_of(run("nearest")))
 
 
-@torch.no_grad()
+@contextmanager
 def student_of(**options):
+    """A job inside its ``with``: left open, it would hand its grad mode on to other tests."""
     model = build("llama-gqa")
-    job = prepare(model, None, config("w4a8", recipe="rtn", **DATA, **options), None)
-    job.__enter__()
-    student = build_student(model, job.plan)
-    learnables = transform(model, student, calibrate(student, job), job)
-    return model, job, student, dict(learnables.projections())
+    with prepare(model, None, config("w4a8", recipe="rtn", **DATA, **options), None) as job:
+        student = build_student(model, job.plan)
+        learnables = transform(model, student, calibrate(student, job), job)
+        yield job, student, dict(learnables.projections())
 
 
 @torch.no_grad()
 def test_the_hessian_is_of_what_the_quantized_model_reads(monkeypatch):
     """Each linear's moments equal those of its real input once everything before it is rounded."""
-    _, job, student, weights = student_of()
-    names, moments_of, choose = {id(w): n for n, w in weights.items()}, {}, sequential._round
+    with student_of() as (job, student, weights):
+        names, moments_of, choose = {id(w): n for n, w in weights.items()}, {}, sequential._round
 
-    def watched(weight, moments, method):
-        moments_of[names[id(weight)]] = moments
-        return choose(weight, moments, method)
+        def watched(weight, moments, method):
+            moments_of[names[id(weight)]] = moments
+            return choose(weight, moments, method)
 
-    monkeypatch.setattr(sequential, "_round", watched)
-    round_layers(student, job.plan, weights, job.data.train, Method(True, Compensation(), False), batch_size=16)
-    inputs = {}
-    for name in weights:
-        linear = student.get_submodule(name)
-        linear.register_forward_pre_hook(
-            lambda m, args, name=name: inputs.setdefault(name, []).append(
-                args[0] if m.input is None else m.input(args[0])
+        monkeypatch.setattr(sequential, "_round", watched)
+        round_layers(student, job.plan, weights, job.data.train, Method(True, Compensation(), False), batch_size=16)
+        inputs = {}
+        for name in weights:
+            linear = student.get_submodule(name)
+            linear.register_forward_pre_hook(
+                lambda m, args, name=name: inputs.setdefault(name, []).append(
+                    args[0] if m.input is None else m.input(args[0])
+                )
             )
-        )
-    for mode in (Mode.QUANTIZE, Mode.OFF):
-        set_mode(student, mode)
-        for ids in job.data.train.split(16):
-            student(input_ids=ids, use_cache=False)
-    half = len(job.data.train.split(16))
-    for name, moments in moments_of.items():
-        quantized, plain = (
-            torch.cat([x.flatten(0, -2) for x in part]).double() for part in (inputs[name][:half], inputs[name][half:])
-        )
-        torch.testing.assert_close(moments.hessian, quantized.T @ quantized, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(moments.cross, quantized.T @ plain, rtol=1e-4, atol=1e-4)
-    assert moments_of.keys() == weights.keys()
+        for mode in (Mode.QUANTIZE, Mode.OFF):
+            set_mode(student, mode)
+            for ids in job.data.train.split(16):
+                student(input_ids=ids, use_cache=False)
+        half = len(job.data.train.split(16))
+        for name, moments in moments_of.items():
+            quantized, plain = (
+                torch.cat([x.flatten(0, -2) for x in part]).double()
+                for part in (inputs[name][:half], inputs[name][half:])
+            )
+            torch.testing.assert_close(moments.hessian, quantized.T @ quantized, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(moments.cross, quantized.T @ plain, rtol=1e-4, atol=1e-4)
+        assert moments_of.keys() == weights.keys()
 
 
 @torch.no_grad()
 def test_stored_codes_are_the_compensated_ones():
-    _, job, student, weights = student_of()
-    rounded = round_layers(
-        student, job.plan, weights, job.data.train, Method(False, Compensation(), False), batch_size=16
-    )
-    for name, weight in weights.items():
-        base, scale = rounded[name]["base"], rounded[name]["scale"]
-        codes = weight.codes()[0]
-        assert torch.equal(codes.float(), base.round().clamp(-8, 7))
-        assert torch.equal(weight(torch.float32), codes.float() * scale)
+    with student_of() as (job, student, weights):
+        rounded = round_layers(
+            student, job.plan, weights, job.data.train, Method(False, Compensation(), False), batch_size=16
+        )
+        for name, weight in weights.items():
+            base, scale = rounded[name]["base"], rounded[name]["scale"]
+            codes = weight.codes()[0]
+            assert torch.equal(codes.float(), base.round().clamp(-8, 7))
+            assert torch.equal(weight(torch.float32), codes.float() * scale)
 
 
 @pytest.mark.parametrize(
