@@ -79,6 +79,9 @@ CASES = (
     Case("block-wise", "w4a8", {"recipe": "mobilequant", "tuning": "block-wise"}),
     # What comes behind the rounding, and calibration without any text.
     Case("qad", "w4a8", {"recipe": "qad"}),
+    Case("qad, more text", "w4a8", {
+        "recipe": "qad", "finetune_dataset": "python-stdlib", "finetune_split": "train",
+    }),
     Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
     Case("rtn, self-written text", "w8a8", {"recipe": "rtn", "dataset": "self"}),
