@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from outliers import inject_outliers
 from table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_mobilequant import MobileQuantConfig, perplexity
 from optimum_mobilequant.evaluate.ladder import quantize_and_score
+from optimum_mobilequant.recipes import SITES
 from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
@@ -77,6 +78,14 @@ CASES = (
     Case("fixed ranges", "w4a8", {"recipe": "mobilequant", "learn_ranges": False}),
     Case("hidden-state objective", "w4a8", {"recipe": "mobilequant", "objective": "hidden_mse"}),
     Case("block-wise", "w4a8", {"recipe": "mobilequant", "tuning": "block-wise"}),
+    # Rotations, other start ranges and bias correction: docs/transforms.md.
+    *(Case(name, preset, {"recipe": "mobilequant", **options}) for preset in ("w8a8", "w4a8") for name, options in (
+        ("r1", {"rotate": "r1"}), ("r2", {"rotate": "r2"}), ("r1r2", {"rotate": "r1r2"}),
+        ("dense v/o", {"transforms": [*SITES, "v_o_dense"]}),
+        ("q/k turns", {"transforms": [*SITES, "q_k_rotation"]}),
+        ("lp ranges", {"range_init": "lp"}), ("output ranges", {"range_init": "output"}),
+        ("bias correction", {"bias_correction": True}),
+    )),
     # What comes behind the rounding, and calibration without any text.
     Case("qad", "w4a8", {"recipe": "qad"}),
     Case("qad, more text", "w4a8", {
@@ -164,6 +173,8 @@ class Subject:
         args = self.args
         options: dict[str, Any] = {"dataset": self.text.calibration, "bos": False, "seq_len": args.seq_len}
         options |= {"seed": seed, "effort": args.effort, **chosen}
+        if "r1" in options.get("rotate", "") and AutoConfig.from_pretrained(self.folder).tie_word_embeddings:
+            options["untie"] = True
         if args.quick:
             settings = MobileQuantConfig(preset, **options).resolve()
             steps = ("steps", "rounding_steps", "finetune_steps")
