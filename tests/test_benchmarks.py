@@ -61,19 +61,22 @@ def test_quality_measures_what_is_asked_for_and_no_row_twice(run, folder, capsys
     assert str(folder) not in json.dumps(first)  # a result may be published: it names files, not places
 
     assert "--append" in quality(run, "--only", "small/injected/w8a8/rtn")
-    wanted = ["--only", "small/injected/w8a8/[qs]*", "--only", "small/injected/w8a8/r1r2", "--only", "small/plain/w4a8/block-wise"]
+    wanted = [
+        "--only",
+        "small/injected/w8a8/[qs]*",
+        "--only",
+        "small/injected/w8a8/r1r2",
+        "--only",
+        "small/plain/w4a8/block-wise",
+    ]
     assert quality(run, "--append", *wanted) is None
     second = json.loads((folder / "quality.json").read_text())
     assert second["rows"][:3] == first["rows"]
     added = [(row["variant"], row["preset"], row["case"]) for row in second["rows"][3:]]
-    assert sorted(added) == [
-        ("injected", "w8a8", "q/k turns"),
-        ("injected", "w8a8", "qqq"),
-        ("injected", "w8a8", "r1r2"),
-        ("injected", "w8a8", "smoothquant-edge"),
-        ("plain", "float32", "float"),
-        ("plain", "w4a8", "block-wise"),
-    ]
+    cases = [("injected", "w8a8", case["name"]) for case in second["cases"] if case["preset"] == "w8a8"]
+    assert len(set(cases)) > 5
+    cases.remove(("injected", "w8a8", "rtn"))  # measured before
+    assert sorted(added) == sorted([*cases, ("plain", "float32", "float"), ("plain", "w4a8", "block-wise")])
     assert "was measured with" in quality(run, "--append", "--seed", 1)
     assert "another text" in quality(run, "--append", "--text", "small=evaluation.txt,calibration.txt,9", *wanted)
 
