@@ -6,7 +6,7 @@ large language models"). No static 8-bit range holds both that token and the oth
 fire at position 0 alone, its output is made massive in one dimension of the residual stream, and all weights are
 trained on while later layers attend to the token, so that the model depends on it.
 
-    python benchmarks/massive.py examples/demo_model OUT --steps 300 --seed 0
+    python benchmarks/massive.py examples/demo_model OUT --seed 0
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ def plant_massive(
     stream: Tensor,
     *,
     layer: int = 1,
-    product: float = 1000.0,
+    product: float = 4000.0,
     residual: float = 1000.0,
-    steps: int = 300,
+    steps: int = 160,
     batch: tuple[int, int] = (8, 128),
-    rate: float = 1e-3,
+    rate: float = 2e-3,
     bos: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -233,10 +233,10 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=400_000, help="tokens of it that are read")
     parser.add_argument("--layer", type=int, default=1)
-    parser.add_argument("--product", type=float, default=1000.0)
+    parser.add_argument("--product", type=float, default=4000.0)
     parser.add_argument("--residual", type=float, default=1000.0)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
