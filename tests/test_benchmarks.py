@@ -1,5 +1,6 @@
 """The benchmark scripts run and keep their files; their numbers are not tested."""
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -151,3 +152,19 @@ def test_tuning_speed_runs_checkouts_by_turns(run, folder, capsys):
     assert found["this"]["history"] == found["same"]["history"], "the same code should learn the same"
     assert found["same"]["wall_speed_of_this"] > 0 and found["this"]["wall_speed_of_this"] == 1
     assert "no package" in run("tuning_speed.py", "--model", "models/small", "--baseline", f"none={folder}")
+
+
+def test_speed_reports_ratios_of_both_presets(run, folder, capsys):
+    sizes = ["--shape", "small", "--layers", 1, "--prompt", 8, "--tokens", 4, "--repeat", 1, "--threads", 1, "--json"]
+    assert run("speed.py", *sizes, "--out", "speed.json") is None
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((folder / "speed.json").read_text())
+    assert found.keys() == {"w8a8", "w4a8", "about"}
+    for preset, peer in (("w8a8", "vs_quanto_int8"), ("w4a8", "vs_quanto_int4")):
+        for phase in ("prefill", "decode"):
+            assert found[preset][phase].keys() == {"tokens_per_s", "vs_bf16", peer}
+            assert all(value > 0 for value in found[preset][phase].values())
+    assert found["w4a8"]["resident_weight_ratio"] < found["w8a8"]["resident_weight_ratio"] < 1
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(ImportError, match="pip install torchao"):
+            run("speed.py", *sizes, "--against", "torchao")
