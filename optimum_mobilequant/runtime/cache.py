@@ -61,10 +61,9 @@ class IntegerCacheLayer(CacheLayerMixin):
         capacity = -(-max(needed, self.wanted, 2 * old) // PANEL) * PANEL
         shape = (batch, self.kv_heads)
         groups, panels = -(-self.dims // 4), -(-self.dims // PANEL)
-        with torch.device(device):
-            keys = torch.zeros((*shape, capacity // PANEL, groups, PANEL, 4), dtype=torch.int8)
-            values = torch.zeros((*shape, panels, capacity // 4, PANEL, 4), dtype=torch.int8)
-            sums = torch.zeros((*shape, capacity), dtype=torch.int32)
+        keys = torch.zeros((*shape, capacity // PANEL, groups, PANEL, 4), dtype=torch.int8, device=device)
+        values = torch.zeros((*shape, panels, capacity // 4, PANEL, 4), dtype=torch.int8, device=device)
+        sums = torch.zeros((*shape, capacity), dtype=torch.int32, device=device)
         if self.keys is not None and self.values is not None and self.key_sums is not None:
             keys[:, :, : old // PANEL] = self.keys
             values[:, :, :, : old // 4] = self.values
