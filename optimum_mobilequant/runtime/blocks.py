@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -170,6 +171,28 @@ def _sum(block: Block, prefix: str, graph: Graph, op: Op) -> None:
     a, b, out = (Static(graph, name) for name in (*op.inputs, op.output))
     first, second, shift = shared_multipliers(a.scale / out.scale, b.scale / out.scale)
     block.put(prefix, first=first, second=second, shift=shift)
+
+
+# Operations of one layer: those that the kernel computes, and no other.
+_OPERATIONS = Counter(
+    norm=2, linear=7, split_heads=3, rope=2, concat=2, scores=1, mask=1, softmax=1, context=1, merge_heads=1, add=2,
+    activation=1, multiply=1,
+)  # fmt: skip
+
+
+def check_operations(graph: Graph, plan: Plan) -> None:
+    """Refuse a graph in which the kernel would leave something out.
+
+    Raises:
+        NotFused: names the operations that it does not know.
+    """
+    layers, f = plan.geometry.layers, plan.family
+    expected = Counter({kind: count * layers for kind, count in _OPERATIONS.items()})
+    expected.update(embedding=1, norm=1 + 2 * layers * (f.query_norm is not None), linear=1)
+    found = Counter(op.kind for op in graph.ops)
+    if found != expected:
+        kinds = sorted((found - expected).keys() | (expected - found).keys())
+        raise NotFused(f"its layers have other operations than the kernel computes: {', '.join(kinds)}")
 
 
 def layer_block(graph: Graph, plan: Plan, index: int, producers: Mapping[str, Op]) -> LayerBlock:

@@ -15,7 +15,7 @@ from ..kernels import LinearSpec, cpp
 from ..kernels.spec import Packed
 from ..nn import QWeight
 from ..plan import Plan
-from .blocks import Block, LayerBlock, NotFused, layer_block, norm_numbers
+from .blocks import Block, LayerBlock, NotFused, check_operations, layer_block, norm_numbers
 from .cache import PANEL, IntegerCacheLayer, integer_layer
 
 _NAMES = ("qkv", "proj", "gate_up", "down")
@@ -182,6 +182,7 @@ def fuse(model: PreTrainedModel, plan: Plan) -> None:
         graph = build_graph(model, plan)
     except ValueError as error:
         raise NotFused(str(error)) from None
+    check_operations(graph, plan)
     producers = {op.output: op for op in graph.ops}
     final = producers[f"{f.final_norm}.output"]
     block = Block(_NORM_FIELDS)

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from optimum_mobilequant import perplexity, quantize, set_backend
+from optimum_mobilequant.graph import build as build_module
 from optimum_mobilequant.graph.executor import IntegerExecutor
+from optimum_mobilequant.graph.ir import Op
 from optimum_mobilequant.kernels import cpp
 from optimum_mobilequant.plan import PRESETS
 from optimum_mobilequant.runtime import backend_of, served, simulated
@@ -64,6 +66,21 @@ def test_a_changed_constant_changes_the_result(quantized):
     numbers = model.model.layers[1].fused.constants[: 8 * len(fields)].view(torch.int64)
     numbers[fields.index("score_mantissa")] += 2**22
     assert not torch.equal(logits_of(model), executed(model, probe_ids()))
+
+
+def test_a_graph_with_an_unknown_operation_is_not_fused(quantized, monkeypatch):
+    model = copy.deepcopy(quantized())
+    real = build_module.build_graph
+
+    def longer(*args):
+        graph = real(*args)
+        graph.ops.append(Op("rotation", "x", (), "x"))
+        return graph
+
+    monkeypatch.setattr(build_module, "build_graph", longer)
+    set_backend(model, "auto")
+    assert not any("fused" in layer.operator for layer in served(model))
+    assert logits_of(model).shape == (2, 12, 96)
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix": [1, 7, 9]}], ids=["plain", "prefix"])
