@@ -73,6 +73,12 @@ CASES = (
         "recipe": "rtn", "weight_format": "adpq", "outlier_share": share,
         "overrides": {"*_proj": {"weight_bits": 3}},
     }) for share in (0, 0.01, 0.05)),
+    # What rounding in closed form adds behind learned transforms, and under learned rounding.
+    *(Case(f"mobilequant, {rounding}", "w4a8", {"recipe": "mobilequant", "rounding": rounding})
+      for rounding in ("gptq", "qronos")),
+    Case("best, from gptq", "w4a8", {"recipe": "best", "rounding_start": "gptq"}),
+    Case("gptq after magr", "w4a8", {"recipe": "gptq", "magr": True}),
+    Case("gptq, groups of 128", "w4a8-g128", {"recipe": "gptq"}),
     # What end-to-end tuning and learned ranges contribute. Each layer of the block-wise run sees as many sequences as
     # the whole model does end to end; its objective is the one a single layer has, so that change has a row as well.
     Case("fixed ranges", "w4a8", {"recipe": "mobilequant", "learn_ranges": False}),
