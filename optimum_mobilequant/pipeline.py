@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Share of the median channel's magnitude below which a channel counts as silent.
+SILENT = 0.01
+
 
 def quantize(
     model: PreTrainedModel,
@@ -164,7 +167,10 @@ def start_scales(
 
     alpha = job.settings.smooth_alpha or 0.0
     if job.settings.smoothing != "adaptive":
-        return smooth_scales(edges, model, statistics.channel_absmax, alpha, weight_of=weight_of if turned else None)
+        # Behind a prefix the units that made its tokens massive fire no more.
+        silent = SILENT if job.plan.prefix else 0.0
+        of = weight_of if turned else None
+        return smooth_scales(edges, model, statistics.channel_absmax, alpha, weight_of=of, silent=silent)
     if (kept := job.run.load("smooth")) is not None:
         return kept[0]
     scales = adaptive_scales(edges, student, job.plan, job.data.train, batch_size=job.settings.batch_size)

@@ -18,6 +18,7 @@ def smooth_scales(
     alpha: float,
     *,
     weight_of: Callable[[str], Tensor] | None = None,
+    silent: float = 0.0,
 ) -> dict[str, Tensor]:
     """Start value of each edge: what its consumers can carry is taken off what its activation must represent.
 
@@ -31,6 +32,8 @@ def smooth_scales(
         model: the float model that ``edges`` name.
         channel_absmax: quantizer name -> float32 ``[channels]``.
         alpha: migration strength in [0, 1].
+        silent: channels whose magnitude is below so many times the median channel's keep s = 1, too. A unit that fires
+            at the tokens of a prefix alone is one: bringing it to the others' level would blow up what it multiplies.
         weight_of: module path -> weight, where matrices have changed the model's own; None reads the model.
 
     Returns:
@@ -60,8 +63,9 @@ def smooth_scales(
                 0
             )
             alpha_x = alpha
+        fires = (of_x > silent * of_x.median()) & (of_x > 0)
         log = alpha_x * of_x.clamp(min=1e-30).log() - (1 - alpha_x) * of_w.clamp(min=1e-30).log()
-        logs[edge.name] = torch.where((of_x > 0) & (of_w > 0), log, 0.0)
+        logs[edge.name] = torch.where(fires & (of_w > 0), log, 0.0)
         for effect in edge.effects:
             if effect.dim == "rows" and _weight(model, effect.module).ndim == 2:
                 change = effect.sign * (

@@ -6,6 +6,7 @@ from optimum_mobilequant import quantize
 from optimum_mobilequant.calibrate import find_outliers, find_prefix
 from optimum_mobilequant.calibrate.prefix import most_tokens
 from optimum_mobilequant.prepare import nll
+from optimum_mobilequant.transform import edges_of, smooth_scales
 from tests.prefix.fixture import massive, texts
 from tests.tiny import build, config, plan_of
 
@@ -80,3 +81,16 @@ def test_ranges_exclude_the_prefix():
 def test_the_float_model_is_the_one_that_is_measured():
     model = massive()
     assert nll(model, IDS, 8, [1]) != nll(model, IDS, 8)
+
+
+def test_a_unit_that_fires_at_the_prefix_alone_is_not_brought_to_the_level_of_the_others():
+    model = build("llama-gqa")
+    plan = plan_of(model)
+    (edge,) = [e for e in edges_of(plan.family, plan.geometry, ("up_down",)) if e.name.startswith("model.layers.0.")]
+    magnitude = torch.ones(edge.size)
+    magnitude[3] = 1e-5
+    levelled = smooth_scales([edge], model, {edge.activation: magnitude}, 0.7)[edge.name]
+    kept = smooth_scales([edge], model, {edge.activation: magnitude}, 0.7, silent=0.01)[edge.name]
+    assert levelled[3] < -5 and kept[3] == 0
+    others = torch.arange(edge.size) != 3
+    assert torch.equal(levelled[others], kept[others])
