@@ -71,8 +71,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             ``rotate="r1"`` needs it.
         smoothing: ``"balance"`` (SmoothQuant) or ``"adaptive"`` (QQQ). smooth_alpha: strength of the former in [0, 1].
         learn_transforms, learn_matrices, learn_clips, learn_ranges: what training moves.
-        range_init: ``"minmax"``, ``"percentile"``, ``"mse"``, ``"lp"`` (errors to the power ``range_norm``) or
+        range_init: ``"minmax"``, ``"percentile"``, ``"mse"``, ``"lp"`` (errors to a power) or
             ``"output"`` (least error of each layer's output). clip_init: ``"none"``, ``"mse"`` or ``"adpq"``.
+        range_norm: that power.
         bias_correction: take the mean error of each channel out of the biases of projections; they get one where the
             architecture has a flag for it.
         rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.

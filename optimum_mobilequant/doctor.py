@@ -33,6 +33,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime"),
     "qnn": ("onnx", "onnxruntime", "onnxruntime-qnn"),
     "gpu": ("triton",),
+    "bench": ("torchao", "onnx", "onnxruntime"),
     "ai-hub": ("onnx", "qai-hub"),
     "plots": ("matplotlib",),
     "docs": ("mkdocs", "mkdocs-material", "mkdocstrings"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from optimum_mobilequant import quantize
-from optimum_mobilequant.nn.quantizer import quantize_output
+from optimum_mobilequant.nn.quantizer import Mode, quantize_output
 from tests.tiny import FAMILIES, build, config, plan_of, probe_ids
 from tests.tracking import tracking
 
@@ -58,7 +58,9 @@ def without(model, name):
     if any(hook is quantize_output for hook in module._forward_hooks.values()):
         module._forward_hooks.clear()
     else:
-        setattr(module, attribute, nn.Identity())
+        nothing = nn.Identity()
+        nothing.mode = Mode.OFF  # the attention asks for it
+        setattr(module, attribute, nothing)
     return broken
 
 
