@@ -11,6 +11,7 @@ counts the text's positions from behind the prefix. On a device it is the initia
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from .quantizer import Quantizer
 from .tunable import TunableWeight
 
 
-class Prefix(nn.Module):
+class Prefix(nn.Module, ABC):
     """Keys and values of the prefix in one attention layer. ``value_quantizer`` is a path from the attention."""
 
     length: int
@@ -36,9 +37,9 @@ class Prefix(nn.Module):
         """The quantizers whose grids the keys and the values are on."""
         return attention.get_submodule("key_rotated"), attention.get_submodule(self.value_quantizer)  # type: ignore[return-value]
 
+    @abstractmethod
     def read(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         """Rounded keys and values, float ``[1, kv_heads, length, head_dim]`` each."""
-        raise NotImplementedError
 
     def before(
         self, attention: nn.Module, key: Tensor, value: Tensor, attention_mask: Tensor | None
