@@ -5,7 +5,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from optimum_mobilequant import pipeline, quantize
+from optimum_mobilequant import quantize
+from optimum_mobilequant.calibrate import stage as calibrate_stage
 from optimum_mobilequant.teachers import load_teachers
 from tests.tiny import VOCAB, build, config, token_ids
 
@@ -49,7 +50,7 @@ def run(teachers, tokenizer=None, run_dir=None, **options):
     ],
 )
 def test_unsuitable_teachers_are_refused_before_any_work(folder, tmp_path, monkeypatch, name, message):
-    monkeypatch.setattr(pipeline, "collect", lambda *a, **k: pytest.fail("the run had begun"))
+    monkeypatch.setattr(calibrate_stage, "collect", lambda *a, **k: pytest.fail("the run had begun"))
     with pytest.raises(ValueError, match=message):
         run(["float", str(folder / name)], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def compensate_rounding(model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared) -> LearnResult:
+def compensate_rounding(
+    model: nn.Module, student: nn.Module, learnables: Learnables, job: Prepared
+) -> LearnResult | None:
     """Round the projections of ``student``; a result that validates worse than rounding to nearest is dropped.
 
     The run directory keeps a snapshot of each finished layer.
 
     Returns:
         The objective on the validation text before and after, in nats; ``best_step`` is the number of layers, 0 where
-        rounding to nearest is kept.
+        rounding to nearest is kept. None where the settings do not ask for such a rounding.
     """
+    if not {job.settings.rounding, job.settings.rounding_start} & set(COMPENSATED):
+        return None
     s, weights = job.settings, dict(learnables.projections())
     # Where learned rounding goes on from here, stage 35 is its own.
     name, stage = (s.rounding, "round") if s.rounding in COMPENSATED else (s.rounding_start, "compensate")

@@ -8,6 +8,7 @@ from optimum_mobilequant import pipeline, quantize
 from optimum_mobilequant.families import family_of
 from optimum_mobilequant.nn import Mode, set_mode
 from optimum_mobilequant.tune import correctable
+from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import build, config, logits_of, token_ids
 
 ALL = ("query", "key", "value", "out", "gate", "up", "down")
@@ -44,7 +45,7 @@ def corrected(monkeypatch):
         return fold(student, job)
 
     monkeypatch.setattr(pipeline, "fold_and_round", spy)
-    monkeypatch.setattr(pipeline, "withdraw", lambda *a: None)  # whatever the objective says
+    monkeypatch.setattr(tune_stage, "withdraw", lambda *a: None)  # whatever the objective says
     return seen
 
 
@@ -106,14 +107,14 @@ def test_added_biases_save_and_load(variant, corrected, tmp_path):
 
 
 def test_a_correction_that_raises_the_objective_is_withdrawn(monkeypatch):
-    worse = pipeline.bias_corrections
+    worse = tune_stage.bias_corrections
 
     def spoiled(student, *args):
         changes = worse(student, *args)
-        pipeline.correct(student, {path: change + 5.0 for path, change in changes.items()})
+        tune_stage.correct(student, {path: change + 5.0 for path, change in changes.items()})
         return changes
 
-    monkeypatch.setattr(pipeline, "bias_corrections", spoiled)
+    monkeypatch.setattr(tune_stage, "bias_corrections", spoiled)
     model = quantize(build("llama-gqa"), None, config("w4a8", bias_correction=True))
     plain = quantize(build("llama-gqa"), None, config("w4a8"))
     result = model.config.quantization_config.recorded["bias_correction"]
@@ -139,6 +140,6 @@ def test_resumes_behind_the_correction(tmp_path, monkeypatch, corrected):
         patch.setattr(pipeline, "fold_and_round", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(build("llama-gqa"), None, config("w4a8", **options), run_dir=str(tmp_path))
-    monkeypatch.setattr(pipeline, "bias_corrections", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(tune_stage, "bias_corrections", lambda *a: pytest.fail("computed again"))
     resumed = quantize(build("llama-gqa"), None, config("w4a8", **options), run_dir=str(tmp_path))
     assert torch.equal(logits_of(resumed), logits_of(expected))

@@ -8,7 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from optimum_mobilequant import MobileQuantConfig, pipeline, quantize
+from optimum_mobilequant.checkpoint import stage as checkpoint_stage
 from optimum_mobilequant.run_dir import RunDirectory
+from optimum_mobilequant.tune import LearnResult
+from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import VOCAB, build, config, logits_of, token_ids
 
 
@@ -186,7 +189,7 @@ def interrupted(*args, **kwargs):
 
 
 def fail_with_nan_loss(patch):
-    patch.setattr(pipeline, "make_objective", nan_objective)
+    patch.setattr(tune_stage, "make_objective", nan_objective)
     return FloatingPointError, "not finite"
 
 
@@ -196,12 +199,12 @@ def fail_with_a_full_disk(patch):
 
 
 def fail_with_an_interrupt(patch):
-    patch.setattr(pipeline, "pack", interrupted)
+    patch.setattr(checkpoint_stage, "pack", interrupted)
     return KeyboardInterrupt, None
 
 
 def fail_by_being_worse(patch):
-    patch.setattr(pipeline, "learn_end_to_end", lambda *a, **k: pipeline.LearnResult(1.0, 2.0, 1, 0.1, [(0, 1.0)]))
+    patch.setattr(tune_stage, "learn_end_to_end", lambda *a, **k: LearnResult(1.0, 2.0, 1, 0.1, [(0, 1.0)]))
     return RuntimeError, "tuning made the model worse: validation loss 1 -> 2. Lower the learning rates"
 
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_mobilequant import pipeline, quantize
 from optimum_mobilequant.hf_quantizer import plan_of
+from optimum_mobilequant.transform import stage as transform_stage
 from tests.folding import divergence
 from tests.tiny import FAMILIES, build, config, logits_of, token_ids
 
@@ -106,14 +107,14 @@ def test_matrices_alone_learn(options):
 
 def test_fixed_matrices_stay_fixed():
     seen = []
-    attach = pipeline.attach_matrices
+    attach = transform_stage.attach_matrices
 
     def keep(*args):
         seen.append(attach(*args))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "attach_matrices", keep)
+        patch.setattr(transform_stage, "attach_matrices", keep)
         learned(learn_matrices=False)
         assert not any(p.any() for m in seen[0].values() for p in m.parameters())
 

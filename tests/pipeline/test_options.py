@@ -6,6 +6,7 @@ import torch
 from optimum_mobilequant import pipeline, quantize
 from optimum_mobilequant.nn import QuantActivation
 from optimum_mobilequant.nn.quantizer import quantizers_of
+from optimum_mobilequant.transform import stage as transform_stage
 from tests.folding import relative_error
 from tests.tiny import FAMILIES, build, config, logits_of, probe_ids, token_ids
 
@@ -43,9 +44,9 @@ def test_a_bfloat16_teacher_gives_nearly_the_same():
 
 
 def test_block_wise_tuning_of_the_main_recipe(monkeypatch):
-    choose = pipeline.choose_ranges
+    choose = transform_stage.choose_ranges
     monkeypatch.setattr(
-        pipeline, "choose_ranges", lambda *a, **k: {n: (3 * x, 3 * y) for n, (x, y) in choose(*a, **k).items()}
+        transform_stage, "choose_ranges", lambda *a, **k: {n: (3 * x, 3 * y) for n, (x, y) in choose(*a, **k).items()}
     )
     model = learned(preset="w8a8", tuning="block-wise", steps=20, lr_ranges=0.1)
     loss = model.config.quantization_config.recorded["loss"]

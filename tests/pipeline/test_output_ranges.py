@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from optimum_mobilequant import pipeline, quantize
+from optimum_mobilequant import quantize
 from optimum_mobilequant.nn import Mode, set_mode
 from optimum_mobilequant.nn.capture import layer_inputs, run_layer
+from optimum_mobilequant.transform import stage as transform_stage
 from optimum_mobilequant.tune.objective import normalised_mse
 from tests.tiny import build, config, logits_of
 
@@ -14,13 +15,13 @@ from tests.tiny import build, config, logits_of
 def searched(monkeypatch):
     """(student, job, start ranges, found ranges) of every search."""
     seen = []
-    search = pipeline.search_ranges
+    search = transform_stage.search_ranges
 
     def spy(student, ranges, job):
         seen.append((student, job, ranges, search(student, ranges, job)))
         return seen[-1][-1]
 
-    monkeypatch.setattr(pipeline, "search_ranges", spy)
+    monkeypatch.setattr(transform_stage, "search_ranges", spy)
     return seen
 
 
@@ -69,6 +70,6 @@ def test_a_repeated_run_loads_the_search(tmp_path, monkeypatch):
     run = {"run_dir": str(tmp_path)}
     first = quantize(build("llama-gqa"), None, config("w8a8", range_init="output"), **run)
     (tmp_path / "40_pack.safetensors").unlink()
-    monkeypatch.setattr(pipeline, "least_output_error", lambda *a: pytest.fail("searched again"))
+    monkeypatch.setattr(transform_stage, "least_output_error", lambda *a: pytest.fail("searched again"))
     again = quantize(build("llama-gqa"), None, config("w8a8", range_init="output"), **run)
     assert torch.equal(logits_of(again), logits_of(first))

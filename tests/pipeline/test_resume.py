@@ -6,7 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_mobilequant import pipeline, quantize, recipes
+from optimum_mobilequant import quantize, recipes
+from optimum_mobilequant.calibrate import stage as calibrate_stage
+from optimum_mobilequant.checkpoint import stage as checkpoint_stage
+from optimum_mobilequant.transform import stage as transform_stage
+from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import build, config, run_python, token_ids
 
 # (recipe, where the process dies, files that must be there then)
@@ -142,28 +146,30 @@ def test_killed_run_resumes_to_the_same_bits(killed, uninterrupted, monkeypatch,
     folder = killed[name]
     assert sorted(f.name.removesuffix(".safetensors") for f in folder.glob("[0-9]*")) == files
     if "10_calibrate" in files and "20_transform" in files:
-        monkeypatch.setattr(pipeline, "collect", lambda *a, **k: pytest.fail("calibrated again"))
+        for stage in (calibrate_stage, transform_stage):
+            monkeypatch.setattr(stage, "collect", lambda *a, **k: pytest.fail("calibrated again"))
     if "30_learn" in files and recipe not in ("best", "qad"):
         for name in ("learn_end_to_end", "learn_blockwise"):
-            monkeypatch.setattr(pipeline, name, lambda *a, **k: pytest.fail("learned again"))
+            monkeypatch.setattr(tune_stage, name, lambda *a, **k: pytest.fail("learned again"))
     if {"qad": "38_finetune"}.get(recipe, "35_round") in files:
-        monkeypatch.setattr(pipeline, "learn_end_to_end", lambda *a, **k: pytest.fail("learned again"))
+        monkeypatch.setattr(tune_stage, "learn_end_to_end", lambda *a, **k: pytest.fail("learned again"))
     if any("progress" in file for file in files):
-        learn, calls = pipeline.learn_end_to_end, []
+        learn, calls = tune_stage.learn_end_to_end, []
 
         def resumed(*args, resume, **options):
             calls.append(resume)
             assert calls[0] is not None, "the first stage that is left should have gone on, not begun anew"
             return learn(*args, resume=resume, **options)
 
-        monkeypatch.setattr(pipeline, "learn_end_to_end", resumed)
+        monkeypatch.setattr(tune_stage, "learn_end_to_end", resumed)
     assert_same(run(recipe, folder), uninterrupted[recipe])
 
 
 def test_finished_run_is_not_computed_again(tmp_path, uninterrupted, monkeypatch):
     assert_same(run(folder=tmp_path), uninterrupted["mobilequant"])
-    for name in ("collect", "learn_end_to_end", "pack"):
-        monkeypatch.setattr(pipeline, name, lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(calibrate_stage, "collect", lambda *a, **k: pytest.fail("computed again"))
+    for stage, name in ((transform_stage, "collect"), (tune_stage, "learn_end_to_end"), (checkpoint_stage, "pack")):
+        monkeypatch.setattr(stage, name, lambda *a, **k: pytest.fail("computed again"))
     assert_same(run(folder=tmp_path), uninterrupted["mobilequant"])
 
 
@@ -179,7 +185,7 @@ def test_finished_run_is_not_computed_again(tmp_path, uninterrupted, monkeypatch
     ids=["seed", "steps", "data", "weights", "recipe"],
 )
 def test_folder_of_another_run_is_refused(tmp_path, changes, difference, monkeypatch):
-    monkeypatch.setattr(pipeline, "learn_end_to_end", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(tune_stage, "learn_end_to_end", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(folder=tmp_path / "run")
     files = {f: f.read_bytes() for f in (tmp_path / "run").iterdir()}

@@ -6,6 +6,7 @@ import torch
 from optimum_mobilequant import MobileQuantConfig, pipeline, quantize
 from optimum_mobilequant.prepare import prepare
 from optimum_mobilequant.tune import Rounding, build_student
+from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import build, config, logits_of, token_ids
 
 LONGER = {"dataset": token_ids(160), "samples": 64, "batch_size": 16, "steps": 10}
@@ -47,7 +48,7 @@ def test_head_embedding_and_gains_are_left_alone():
 
 
 def test_without_offsets_it_is_rounding_to_nearest(monkeypatch):
-    monkeypatch.setattr(pipeline, "learn_end_to_end", _only_the_first(pipeline.learn_end_to_end))
+    monkeypatch.setattr(tune_stage, "learn_end_to_end", _only_the_first(tune_stage.learn_end_to_end))
     nearest, unmoved = run("nearest"), run("learned")
     assert torch.equal(logits_of(nearest), logits_of(unmoved))
 

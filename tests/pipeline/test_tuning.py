@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from optimum_mobilequant import pipeline, quantize, recipes
 from optimum_mobilequant.nn import Mode, set_mode
 from optimum_mobilequant.transform import edges_of
+from optimum_mobilequant.transform import stage as transform_stage
 from optimum_mobilequant.tune import parameters
 from optimum_mobilequant.tune.loop import batch_index
 from optimum_mobilequant.tune.objective import kl_top_k
@@ -76,12 +77,12 @@ def moved(before, after):
 
 @pytest.fixture
 def wide_ranges(monkeypatch):
-    choose = pipeline.choose_ranges
+    choose = transform_stage.choose_ranges
 
     def three_times(*args, **options):
         return {name: (3 * low, 3 * high) for name, (low, high) in choose(*args, **options).items()}
 
-    monkeypatch.setattr(pipeline, "choose_ranges", three_times)
+    monkeypatch.setattr(transform_stage, "choose_ranges", three_times)
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "gemma"])
@@ -95,7 +96,9 @@ def test_learned_ranges_repair_ranges_that_are_too_wide(variant, wide_ranges, le
 @pytest.fixture
 def unbalanced(monkeypatch):
     """Makes models whose channels are rescaled at random, which leaves their function alone; no start values help."""
-    monkeypatch.setattr(pipeline, "smooth_scales", lambda edges, *a, **k: {e.name: torch.zeros(e.size) for e in edges})
+    monkeypatch.setattr(
+        transform_stage, "smooth_scales", lambda edges, *a, **k: {e.name: torch.zeros(e.size) for e in edges}
+    )
 
     def make(variant, sites):
         model = build(variant)
