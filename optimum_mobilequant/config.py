@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .lookup import lookup, unknown_name
 from .options import DEFAULT_GROUP, DEFAULT_OUTLIERS, check_bits, check_format_options, check_values, whole
+from .recipes import EFFORTS
 from .settings import Settings, settings_of
 from .sources import dataset_kind, dataset_record
 
@@ -38,7 +39,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
         dataset_split: split of a named dataset; None takes ``"train"``.
         text_column: column that holds the text; None takes ``"text"``, then ``"input_ids"``.
         tokenizer: tokenizer object or name; None loads the one that belongs to the model.
-        recipe: what is done, a key of ``optimum_mobilequant.recipes.RECIPES``.
+        recipe: what is done, a key of ``optimum_mobilequant.recipes.RECIPES``. None takes the effort's own:
+            ``"best"`` at ``"default"`` and ``"best"``, ``"mobilequant"`` below, and wherever ``weight_format`` has no
+            integers to learn. The config then states its name.
         effort: how much is spent on it, a key of ``optimum_mobilequant.recipes.EFFORTS``.
         seed: seed of data order and training.
         overrides: exceptions to the preset. Keys are ``fnmatch`` patterns of module or tensor names, values hold
@@ -122,7 +125,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     dataset_split: str | None = None
     text_column: str | None = None
     tokenizer: Any = None
-    recipe: str = "mobilequant"
+    recipe: str | None = None
     effort: str = "default"
     seed: int = 0
     overrides: dict[str, dict[str, Any]] | None = None
@@ -203,6 +206,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
             if isinstance(value := getattr(self, name), tuple):
                 setattr(self, name, list(value))
         self.validate()
+        self.recipe = self.resolve().recipe
 
     def validate(self) -> None:
         """Check every field and their combination.
@@ -224,7 +228,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         if self.weight_format not in (None, "int") and (settings.rounding, settings.finetune) != ("nearest", "none"):
             raise ValueError(
                 f'weight_format="{self.weight_format}" rounds to nearest and has no integers to learn or fine-tune, '
-                f'which recipe "{self.recipe}" does here; use recipe="adpq" or "mobilequant", or weight_format="int"'
+                f'which recipe "{settings.recipe}" does here; use recipe="adpq" or "mobilequant", or '
+                'weight_format="int"'
             )
 
     def resolve(self) -> Settings:
@@ -236,7 +241,11 @@ class MobileQuantConfig(QuantizationConfigMixin):
         choices = {f.name: getattr(self, f.name) for f in fields(self) if f.name in Settings.__dataclass_fields__}
         for name in ("recipe", "effort", "seed"):
             del choices[name]
-        settings = settings_of(self.recipe, self.effort, choices, seed=self.seed)
+        recipe = self.recipe
+        if recipe is None:
+            stored = self.weight_format not in (None, "int")
+            recipe = "mobilequant" if stored else lookup("effort", EFFORTS, self.effort).recipe
+        settings = settings_of(recipe, self.effort, choices, seed=self.seed)
         if settings.finetune == "none":
             for name in ("finetune_dataset", "teachers"):
                 if getattr(self, name) is not None:

@@ -15,6 +15,7 @@ from .config import MobileQuantConfig
 from .families import family_of, geometry_of
 from .hub.tags import add_tags, remove_tags
 from .log import get_logger
+from .nn.dynamic import refuse_dynamic
 from .plan import Plan, build_plan
 from .registration import METHOD
 from .runtime import set_backend
@@ -83,7 +84,11 @@ class MobileQuantHfQuantizer(HfQuantizer):
 
         Without the plugin, ``from_pretrained`` ignores the quantization config and would return random weights with a
         warning; a shape mismatch on one expected key raises instead.
+
+        Raises:
+            ValueError: the model is run in a way that no file can hold.
         """
+        refuse_dynamic(model, "a checkpoint")
         plan = plan_of(model, self.quantization_config)
         state = dict(model.state_dict())
         state[sentinel_key(plan)] = torch.zeros(0)

@@ -116,6 +116,7 @@ class Effort:
     """How much data and how many optimiser steps a run spends.
 
     Attributes:
+        recipe: what is done where the user names no recipe.
         samples: sequences drawn for calibration and training.
         seq_len: tokens per sequence (an upper limit: a model with fewer positions lowers it).
         batch_size: sequences per forward pass and per optimiser step.
@@ -128,6 +129,7 @@ class Effort:
 
     name: str
     summary: str
+    recipe: str
     samples: int
     seq_len: int
     batch_size: int
@@ -230,19 +232,20 @@ RECIPES: dict[str, Recipe] = _table(
 )
 
 EFFORTS: dict[str, Effort] = _table(
-    Effort("none", "calibrate and transform, train nothing", 64, 256, 8, 0, 0, 0),
-    Effort("light", "a first look", 128, 256, 8, 60, 60, 20, finetune_steps=60, finetune_samples=256),
-    Effort("default", "the usual trade", 320, 256, 8, 200, 200, 25, finetune_steps=200),
+    Effort("none", "calibrate and transform, train nothing", "mobilequant", 64, 256, 8, 0, 0, 0),
+    Effort("light", "a first look", "mobilequant", 128, 256, 8, 60, 60, 20, finetune_steps=60, finetune_samples=256),
+    Effort("default", "the usual trade", "best", 320, 256, 8, 200, 200, 25, finetune_steps=200),
     Effort(
         "best",
         "when the result matters more than the wait",
+        "best",
         1024,
-        1024,
+        512,
         8,
-        2000,
-        2000,
-        100,
-        finetune_steps=4000,
+        300,
+        500,
+        50,
+        finetune_steps=1000,
         finetune_samples=4096,
     ),
 )

@@ -230,7 +230,7 @@ def test_bad_values_are_refused_by_name(options, message):
         ({"effort": "none", "steps": 10}, 'steps=10 would have no effect: effort="none"'),
         ({"steps": 0, "learn_clips": True}, "learn_clips=True would have no effect: steps=0"),
         ({"effort": "none", "lr_clips": 0.1}, "lr_clips=0.1 would have no effect"),
-        ({"tuning": "none", "objective": "hidden_mse"}, 'tuning="none" trains nothing'),
+        ({"recipe": "mobilequant", "tuning": "none", "objective": "hidden_mse"}, 'tuning="none" trains nothing'),
         (
             {"learn_transforms": False, "learn_clips": False, "learn_ranges": False, "steps": 9},
             "are all off",
@@ -252,7 +252,10 @@ def test_bad_values_are_refused_by_name(options, message):
         ({"recipe": "qad", "finetune_samples": 5}, "belongs to finetune_dataset, which is not set"),
         ({"recipe": "qad", "finetune_split": "train"}, "belongs to finetune_dataset, which is not set"),
         ({"finetune": "scales", "adapter_rank": 4}, 'leaves the integers as they are; set finetune="qad"'),
-        ({"finetune": "scales", "lr_offsets": 0.1}, 'lr_offsets=0.1 .* set rounding="learned"'),
+        (
+            {"recipe": "mobilequant", "finetune": "scales", "lr_offsets": 0.1},
+            'lr_offsets=0.1 .* set rounding="learned"',
+        ),
         ({"finetune": "scales", "finetune_steps": 0}, "finetune_steps=0 runs no step of it"),
         ({"finetune": "qad", "effort": "none"}, 'effort="none" runs no step of it'),
     ],
@@ -297,8 +300,27 @@ def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_f
     assert (none.finetune, none.finetune_steps, none.feature_steps) == ("none", 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ({}, "best"),
+        ({"effort": "best"}, "best"),
+        ({"effort": "light"}, "mobilequant"),
+        ({"effort": "none"}, "mobilequant"),
+        ({"recipe": "mobilequant", "effort": "best"}, "mobilequant"),
+        ({"preset": "w4a16", "weight_format": "adpq"}, "mobilequant"),
+        ({"preset": "w4a16", "weight_format": "int"}, "best"),
+    ],
+)
+def test_the_recipe_of_who_names_none_is_the_efforts_own(options, recipe):
+    config = MobileQuantConfig(**options)
+    assert config.recipe == config.resolve().recipe == config.to_dict()["recipe"] == recipe
+    assert MobileQuantConfig.from_dict(config.to_diff_dict()) == config
+
+
 def test_user_values_win_over_effort_and_recipe():
-    settings = MobileQuantConfig(samples=3, steps=10, smooth_alpha=0, lr_ranges=0.5, learn_clips=False).resolve()
+    options = {"samples": 3, "steps": 10, "smooth_alpha": 0, "lr_ranges": 0.5, "learn_clips": False}
+    settings = MobileQuantConfig(recipe="mobilequant", **options).resolve()
     assert (settings.samples, settings.steps, settings.smooth_alpha, settings.lr_ranges) == (3, 10, 0, 0.5)
     assert settings.learn_clips is False
     assert settings.learn_ranges is True

@@ -58,7 +58,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_efforts(monkeypatch):
     for name, effort in recipes.EFFORTS.items():
-        small = {"samples": 8, "seq_len": 32, "batch_size": 4, "steps": min(effort.steps, 2), "eval_every": 1}
+        small = {"samples": 8, "seq_len": 32, "batch_size": 4, "eval_every": 1}
+        small |= {steps: min(getattr(effort, steps), 2) for steps in ("steps", "rounding_steps", "finetune_steps")}
         monkeypatch.setitem(recipes.EFFORTS, name, replace(effort, **small))
 
 

@@ -44,7 +44,7 @@ def _recipes() -> list[Row]:
 def _efforts() -> list[Row]:
     from optimum_mobilequant.recipes import EFFORTS
 
-    spent = "{0.summary}: {0.samples} samples of {0.seq_len} tokens, {0.steps} + {0.rounding_steps} steps"
+    spent = "{0.summary}: {0.recipe}, {0.samples} samples of {0.seq_len} tokens, {0.steps} + {0.rounding_steps} steps"
     return [(name, spent.format(effort)) for name, effort in EFFORTS.items()]
 
 

@@ -29,8 +29,8 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
     parser.add_argument(
         "--recipe",
-        help="mobilequant (the default), rtn, smoothquant, smoothquant-edge, omniquant-static, omniquant-edge, adpq, "
-        "gptq, qqq, best or qad",
+        help="best (the default; at effort none and light mobilequant), mobilequant, qad, rtn, smoothquant, "
+        "smoothquant-edge, omniquant-static, omniquant-edge, adpq, gptq or qqq",
     )
     parser.add_argument("--effort", help="time spent on learning: none, light, default or best")
     parser.add_argument(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ..hf_quantizer import plan_of
 from ..nn import Quantizer
+from ..nn.dynamic import token_adaptive_run
 from ..runtime.backend import simulated
 
 LOW_BITS = 4
@@ -66,7 +67,7 @@ def token_adaptive(
 
     Raises:
         ValueError: not such a model, a share out of range, or activations of other than 8 bits at these places. In the
-            block: a forward pass with cached keys.
+            block: a forward pass with cached keys; saving the model or building its integer graph.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be a number in [0, 1), not {share}")
@@ -94,7 +95,7 @@ def token_adaptive(
         raise ValueError(f"{wide[0]} has {plan.activations[wide[0]].bits} bits, not 8; use a preset such as w8a8")
     modules = dict(model.named_modules())
     attention = [modules[f"{f.layer(i, f.attention)}.scores"] for i in range(layers)]
-    with simulated(model):
+    with simulated(model), token_adaptive_run(model):
         state = TokenBits(_thresholds(model, attention, calibration, share, batch_size))
         handles = [module.register_forward_hook(_choose(state, i)) for i, module in enumerate(attention)]
         handles += [modules[name].register_forward_hook(_coarsen(state, i)) for (i, _), name in names.items() if i > 0]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..nn.dynamic import refuse_dynamic
 from ..nn.prefix import prefix_codes
 from ..numerics import Grid
 from ..plan import Plan, refuse_formats
@@ -26,7 +27,8 @@ def build_graph(model: PreTrainedModel, plan: Plan, source: TensorSource | None 
         source: the tensors, where they are not those of ``model``.
 
     Raises:
-        ValueError: a rotary embedding whose tables depend on the length of the text; weights in a storage format.
+        ValueError: a rotary embedding whose tables depend on the length of the text; weights in a storage format; a
+            model inside ``token_adaptive``.
     """
     return _Builder(model, plan, source or CheckpointSource(model, plan)).build()
 
@@ -34,6 +36,7 @@ def build_graph(model: PreTrainedModel, plan: Plan, source: TensorSource | None 
 class _Builder:
     def __init__(self, model: PreTrainedModel, plan: Plan, source: TensorSource):
         refuse_formats(plan)
+        refuse_dynamic(model, "an integer graph")
         self.model, self.plan, self.source = model, plan, source
         g = plan.geometry
         self.graph = Graph({}, [], [], [], {}, {name: getattr(g, name) for name in _FACTS})

@@ -5,6 +5,7 @@ import torch
 
 from optimum_mobilequant import quantize
 from optimum_mobilequant.evaluate.tokens import coarse, token_adaptive, token_scores
+from optimum_mobilequant.graph.executor import IntegerExecutor
 from optimum_mobilequant.nn import Quantizer
 from optimum_mobilequant.plan import ActivationSpec
 from optimum_mobilequant.runtime.backend import simulated
@@ -80,6 +81,17 @@ def test_coarse_values_are_codes_of_the_8_bit_grid(zero_point):
 def test_the_score_is_the_logit_with_the_first_key():
     scores = torch.arange(24.0).view(1, 2, 3, 4)
     assert token_scores(scores).tolist() == [[0 + 12, 4 + 16, 8 + 20]]
+
+
+def test_no_file_and_no_graph_can_hold_it(model, tmp_path):
+    with token_adaptive(model, CALIBRATION, 0.5):
+        with pytest.raises(ValueError, match="token-adaptive precision, which a checkpoint cannot hold.*CPU and GPU"):
+            model.save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match="token-adaptive precision, which an integer graph cannot hold"):
+            IntegerExecutor.of(model)
+    assert not list(tmp_path.glob("saved/*.safetensors"))
+    model.save_pretrained(tmp_path / "saved")  # outside the block it is the plain model
+    IntegerExecutor.of(model)
 
 
 def test_what_cannot_be_is_refused(model):

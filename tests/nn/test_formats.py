@@ -42,16 +42,19 @@ def test_a_checkpoint_computes_what_was_quantized(variant, options, tmp_path):
         IntegerExecutor.of(model)
 
 
-def test_exports_and_targets_refuse_it(tmp_path):
+@pytest.mark.parametrize("name", ["e0m4", "adpq"])
+def test_exports_and_targets_refuse_it(name, tmp_path):
     pytest.importorskip("onnx", reason="writing ONNX needs onnx")
     from optimum_mobilequant import export
 
-    quantize(build("llama"), None, config("w4a8", weight_format="e0m4")).save_pretrained(tmp_path / "saved")
+    refused = f'stored as {name}, a format for CPU and GPU that no .* export computes with.*weight_format="int"'
+    quantize(build("llama"), None, config("w4a8", weight_format=name)).save_pretrained(tmp_path / "saved")
     for target in ("onnx", "qnn", "compressed-tensors"):
-        with pytest.raises(ValueError, match="no integer graph, NPU or export computes with"):
+        with pytest.raises(ValueError, match=refused):
             export(tmp_path / "saved", target, tmp_path / "out", context=16)
-    with pytest.raises(ValueError, match="no integer graph, NPU or export computes with"):
-        quantize(build("llama"), None, config("w4a8", weight_format="adpq", target="qnn_htp"))
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=refused):
+        quantize(build("llama"), None, config("w4a8", weight_format=name, target="qnn_htp"))
     model = build("llama")
     check_plan(
         model, plan_of(model, MobileQuantConfig("w4a8", recipe="adpq")), TARGETS["qnn_htp"]

@@ -136,7 +136,7 @@ def test_stored_codes_are_the_compensated_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"magr": True}, 'magr=True would have no effect with rounding="nearest"'),
+        ({"recipe": "mobilequant", "magr": True}, 'magr=True would have no effect with rounding="nearest"'),
         ({"rounding": "learned", "rounding_damping": 0.1}, 'set rounding="gptq" or "qronos"'),
         ({"rounding": "gptq", "rounding_steps": 5}, 'rounded by gptq; set rounding="learned"'),
         ({"rounding": "gptq", "rounding_damping": 0.0}, r"a number in \(0, 1\]"),
