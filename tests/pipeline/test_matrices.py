@@ -87,17 +87,21 @@ def test_refused_before_any_long_work(variant, options, message, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rotate": "r2"}, {"rotate": "r1"}, {"transforms": ["v_o_dense"]}, {"transforms": ["q_k_rotation"]}],
+    [
+        {"rotate": "r2"},
+        {"rotate": "r1", "lr_matrices": 5e-3},
+        {"transforms": ["v_o_dense"]},
+        {"transforms": ["q_k_rotation"]},
+    ],
     ids=["r2", "r1", "v_o_dense", "q_k_rotation"],
 )
 def test_matrices_alone_learn(options):
     """With everything else off, the objective falls, in the validation that decides what is kept."""
     off = dict.fromkeys(("learn_clips", "learn_ranges"), False)
     model = learned(
-        **{"rotate": None, "transforms": [], **options, **off},
+        **{"rotate": None, "transforms": [], "lr_matrices": 0.02, **options, **off},
         preset="w8a8-full",
         steps=48,
-        lr_matrices=0.02,
         samples=16,
     )
     recorded = model.config.quantization_config.recorded
