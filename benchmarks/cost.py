@@ -42,7 +42,9 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
 
 def config_of(args: argparse.Namespace) -> MobileQuantConfig:
     sizes = {"samples": args.batch, "seq_len": args.length, "batch_size": args.batch}
-    return MobileQuantConfig(args.preset, dataset="python-stdlib", bos=False, steps=args.rounds, **sizes)
+    return MobileQuantConfig(
+        args.preset, dataset="python-stdlib", bos=False, recipe="mobilequant", steps=args.rounds, **sizes
+    )
 
 
 def float_step(model: PreTrainedModel) -> Callable[[torch.Tensor], None]:

@@ -50,7 +50,8 @@ def worker(args: argparse.Namespace) -> None:
     register_optimizer_step_post_hook(turn)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     sizes = {"samples": args.samples, "seq_len": args.length, "batch_size": args.batch, "seed": args.seed}
-    config = MobileQuantConfig(args.preset, dataset="python-stdlib", bos=False, steps=args.steps, **sizes)
+    sizes |= {"recipe": "mobilequant", "steps": args.steps}
+    config = MobileQuantConfig(args.preset, dataset="python-stdlib", bos=False, **sizes)
     profiler = torch.profiler.profile() if args.profile else None
     if profiler:
         profiler.start()

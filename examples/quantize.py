@@ -18,7 +18,7 @@ from optimum_mobilequant.stdlib_corpus import stdlib_texts
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(Path(__file__).parent / "demo_model"))
 parser.add_argument("--preset", default="w4a8")
-parser.add_argument("--recipe", default="mobilequant")
+parser.add_argument("--recipe", help="by default the one of the effort")
 parser.add_argument("--effort", default="light")
 parser.add_argument("--dataset", default="python-stdlib")
 parser.add_argument("--text", type=Path, help="held-out text (default: held-out part of the standard library)")
