@@ -31,7 +31,7 @@ from .log import get_logger
 from .nn.prefix import logits_behind
 from .overlap import passages_of
 from .plan import Plan, build_plan
-from .resources import available_memory, checkpoints, memory_estimate, peak_memory
+from .resources import available_memory, checkpoints, memory_estimate, peak_memory, shortage
 from .run_data import RunData, peek, run_data, tokenizer_of
 from .run_dir import RunDirectory, fingerprint_of, weights_digest
 from .settings import Settings
@@ -90,6 +90,9 @@ class Prepared:
         estimate = memory_estimate(self.plan, self.settings) + 4 * sum(p.numel() for p in others)
         self.recorded["memory_estimate_bytes"] = estimate
         logger.info(f"about {estimate / 2**30:.2f} GiB of memory will be used; {self.data.description}")
+        present = 4 * sum(p.numel() for p in chain(self.model.parameters(), others))
+        if lacking := shortage(self.plan, self.settings, estimate - present, available_memory(self.model.device)):
+            logger.warning(lacking)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -50,6 +50,22 @@ def memory_estimate(plan: Plan, settings: Settings) -> int:
     return 4 * (layer * (g.layers + 3) + 2 * embedding + activations + offsets + compensated)
 
 
+def shortage(plan: Plan, settings: Settings, needed: int, free: int) -> str | None:
+    """What to say, with a way out, where a run needs more memory than is free; None where it does not.
+
+    Args:
+        needed: bytes beyond what is in memory already. free: bytes, 0 where that is unknown.
+    """
+    if not 0 < free < needed:
+        return None
+    way = "a smaller batch_size or seq_len and gradient_checkpointing=True take less"
+    if settings.rounding_steps:
+        plain = replace(settings, rounding="nearest", rounding_steps=0)
+        less = memory_estimate(plan, settings) - memory_estimate(plan, plain)
+        way = f'recipe="mobilequant", which does not learn the rounding, takes {less / 2**30:.2f} GiB less; {way}'
+    return f"{needed / 2**30:.2f} GiB of memory are needed and {free / 2**30:.2f} GiB are free: {way}"
+
+
 def _trains(settings: Settings) -> bool:
     return bool(settings.steps or settings.rounding_steps or settings.finetune_steps)
 

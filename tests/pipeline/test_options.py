@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_mobilequant import pipeline, quantize
+from optimum_mobilequant import pipeline, prepare, quantize
 from optimum_mobilequant.nn import QuantActivation
 from optimum_mobilequant.nn.quantizer import quantizers_of
 from optimum_mobilequant.transform import stage as transform_stage
@@ -41,6 +41,22 @@ def test_a_bfloat16_teacher_gives_nearly_the_same():
         start[dtype] = learned(teacher_dtype=dtype).config.quantization_config.recorded["loss"]["start"]
     assert start["float32"] != start["bfloat16"]
     assert start["bfloat16"] == pytest.approx(start["float32"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "way"), [("best", 'recipe="mobilequant", which'), ("mobilequant", "a smaller batch_size")]
+)
+def test_a_lack_of_memory_is_told_with_a_way_out(monkeypatch, recipe, way):
+    told = []
+    monkeypatch.setattr(prepare.logger, "warning", told.append)
+    steps = {"steps": 1, "rounding_steps": 1} if recipe == "best" else {"steps": 1}
+    for free in (0, 2**40):  # unknown; plenty
+        monkeypatch.setattr(prepare, "available_memory", lambda device, free=free: free)
+        quantize(build("llama-gqa"), None, config(recipe=recipe, **steps))
+    assert not any("GiB are free" in line for line in told)
+    monkeypatch.setattr(prepare, "available_memory", lambda device: 2**10)
+    quantize(build("llama-gqa"), None, config(recipe=recipe, **steps))
+    assert any("GiB are free: " + way in line for line in told)
 
 
 def test_block_wise_tuning_of_the_main_recipe(monkeypatch):
