@@ -51,10 +51,10 @@ CASES = (
     *(Case(recipe, preset, {"recipe": recipe})
       for preset in ("w8a8", "w4a8") for recipe in ("rtn", "smoothquant-edge", "gptq", "qqq", "mobilequant", "best")),
     Case("rtn", "w8a8-full", {"recipe": "rtn"}),
-    Case("mobilequant", "w8a8-full", {"recipe": "mobilequant"}),
+    *(Case(recipe, "w8a8-full", {"recipe": recipe}) for recipe in ("mobilequant", "best")),
     # Tokens kept in the cache; for models with massive activations (benchmarks/massive.py makes one).
     *(Case(f"{recipe}, prefix", preset, {"recipe": recipe, "prefix": True})
-      for preset in ("w8a8", "w8a8-full") for recipe in ("rtn", "mobilequant")),
+      for preset in ("w8a8", "w8a8-full") for recipe in ("rtn", "mobilequant", "best")),
     # The published plan rounds queries and keys to 8 bits before the rotary embedding as well.
     Case("8-bit q/k", "w8a8", {
         "recipe": "mobilequant", "overrides": {"*.q_proj.output": {"bits": 8}, "*.k_proj.output": {"bits": 8}},
@@ -76,7 +76,13 @@ CASES = (
     # What rounding in closed form adds behind learned transforms, and under learned rounding.
     *(Case(f"mobilequant, {rounding}", "w4a8", {"recipe": "mobilequant", "rounding": rounding})
       for rounding in ("gptq", "qronos")),
-    Case("best, from gptq", "w4a8", {"recipe": "best", "rounding_start": "gptq"}),
+    *(Case(f"best, from {start}", "w4a8", {"recipe": "best", "rounding_start": start}) for start in ("gptq", "qronos")),
+    # What could be added to best, or moved within it; none of it costs anything at run time.
+    *(Case(f"best, {name}", "w4a8", {"recipe": "best", **options}) for name, options in (
+        ("r1r2", {"rotate": "r1r2"}), ("bias correction", {"bias_correction": True}),
+        ("output ranges", {"range_init": "output"}), ("400 steps of rounding", {"rounding_steps": 400}),
+        ("1600 sequences", {"samples": 1600}), ("100 + 300 steps", {"steps": 100, "rounding_steps": 300}),
+    )),
     Case("gptq after magr", "w4a8", {"recipe": "gptq", "magr": True}),
     Case("gptq, groups of 128", "w4a8-g128", {"recipe": "gptq"}),
     # What end-to-end tuning and learned ranges contribute. Each layer of the block-wise run sees as many sequences as
@@ -96,6 +102,9 @@ CASES = (
     Case("qad", "w4a8", {"recipe": "qad"}),
     Case("qad, more text", "w4a8", {
         "recipe": "qad", "finetune_dataset": "python-stdlib", "finetune_split": "train",
+    }),
+    Case("qad, an offset for each weight", "w4a8", {
+        "recipe": "qad", "finetune_dataset": "python-stdlib", "adapter_rank": 0, "lr_offsets": 3e-3,
     }),
     Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
