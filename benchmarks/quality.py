@@ -76,7 +76,8 @@ CASES = (
     # What rounding in closed form adds behind learned transforms, and under learned rounding.
     *(Case(f"mobilequant, {rounding}", "w4a8", {"recipe": "mobilequant", "rounding": rounding})
       for rounding in ("gptq", "qronos")),
-    *(Case(f"best, from {start}", "w4a8", {"recipe": "best", "rounding_start": start}) for start in ("gptq", "qronos")),
+    *(Case(f"best, from {start}", "w4a8", {"recipe": "best", "rounding_start": start})
+      for start in ("gptq", "qronos")),
     # What could be added to best, or moved within it; none of it costs anything at run time.
     *(Case(f"best, {name}", "w4a8", {"recipe": "best", **options}) for name, options in (
         ("r1r2", {"rotate": "r1r2"}), ("bias correction", {"bias_correction": True}),
