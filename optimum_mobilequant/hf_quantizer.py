@@ -34,7 +34,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
         """Refuse, before anything is built, what could not work.
 
         Raises:
-            ValueError: disk or mixed CPU device maps; a float checkpoint without a dataset.
+            ValueError: disk or mixed CPU device maps; a float checkpoint spread over devices, or without a dataset.
         """
         device_map = kwargs.get("device_map")
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
@@ -43,6 +43,11 @@ class MobileQuantHfQuantizer(HfQuantizer):
                 "mobilequant supports no disk offload or CPU/GPU split; use device_map=None or one device"
             )
         if not self.pre_quantized:
+            if len(places) > 1:
+                raise ValueError(
+                    f"quantizing runs on one device, and this device_map names {len(places)}; use device_map=None or "
+                    'one device such as {"": 0} (the saved checkpoint can be spread when it is loaded)'
+                )
             if self.quantization_config.dataset is None:
                 raise ValueError(
                     'static activation ranges need calibration text: MobileQuantConfig(..., dataset="calib.txt")'

@@ -51,6 +51,7 @@ _FORMAT_VERSION = "1"
 _NOT_COMPUTED_FROM = {
     "run_dir",
     "device",
+    "gradient_checkpointing",  # the same result bit for bit; what a run that was out of memory is repeated with
     "recorded",
     "dataset",
     "dataset_split",

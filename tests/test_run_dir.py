@@ -185,7 +185,8 @@ def base():
 def test_fingerprint_is_stable_across_save_and_load(base, tmp_path):
     model().save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert fingerprint_of(loaded, "data", {"seed": 0, "run_dir": "elsewhere", "device": "cuda"}) == base
+    only_places = {"run_dir": "elsewhere", "device": "cuda", "gradient_checkpointing": True}
+    assert fingerprint_of(loaded, "data", {"seed": 0} | only_places) == base
     assert json.loads(json.dumps(base)) == base
 
 

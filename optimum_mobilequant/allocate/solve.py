@@ -18,6 +18,7 @@ def allocate(units: Sequence[Unit], losses: Losses, choices: Sequence[int], limi
     """Bits for each unit, by name.
 
     Args:
+        units: what gets bits.
         losses: unit -> bits -> expected loss; only differences within a unit and their ratios between units count.
         choices: bits that a unit may have.
         limit: what all units may cost together. kind: of the budget, see :meth:`Unit.cost`.

@@ -31,7 +31,11 @@ from .runners import RUNNERS, LogitsRunner, Request
 
 @dataclass(frozen=True)
 class RunnerResult:
-    """Attributes: perplexity per token, number of predictions scored, seconds of the forward passes."""
+    """One runner on the text.
+
+    Attributes:
+        perplexity: of each token. tokens: predictions scored. seconds: wall time of the forward passes.
+    """
 
     perplexity: float
     tokens: int
@@ -57,7 +61,11 @@ class PairResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attributes: runners by name; pairs as ``"<name>/<reference>"``."""
+    """What every runner gives on the text, and how far apart they are.
+
+    Attributes:
+        runners: by name. pairs: by ``"<name>/<reference>"``.
+    """
 
     runners: Mapping[str, RunnerResult]
     pairs: Mapping[str, PairResult]

@@ -85,11 +85,13 @@ def ladder(
 
     Args:
         load: gives the float model; called once for each rung, for quantization changes it.
+        tokenizer: of the calibration text and of ``text``.
         dataset: calibration text, as of ``MobileQuantConfig``. text: held-out text to score.
         recipes: in the order of the ladder, from the bottom. presets: each a ladder of its own.
         options: further options of every ``MobileQuantConfig`` (effort, seed, samples, ...).
         seq_len: of the scored chunks, see :func:`~.perplexity.perplexity`.
         run_dir: folder that keeps the finished rungs and the stages of each; the same call goes on there.
+        progress: show bars while scoring.
         on_rung: called with each rung as it is finished.
 
     Returns:

@@ -64,6 +64,7 @@ def token_adaptive(
         model: what this package quantized or loaded.
         calibration: int64 ``[sequences, length]``, text that the thresholds are taken from.
         share: of the tokens, in [0, 1); 0 changes nothing.
+        batch_size: sequences at a time while thresholds are measured.
 
     Raises:
         ValueError: not such a model, a share out of range, or activations of other than 8 bits at these places. In the

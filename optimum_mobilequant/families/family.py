@@ -18,9 +18,9 @@ class Family:
         name: short name, the value of ``MobileQuantConfig(family=...)``.
         model_types: ``config.model_type`` values it serves.
         layers, embedding, final_norm, rotary, head: dotted paths from the causal-LM model.
-        input_norm ... down: paths from one decoder layer.
+        input_norm, mlp_norm, attention, query, key, value, out, gate, up, down: paths from one decoder layer.
         query_norm, key_norm: names inside the attention of norms between projection and rotary embedding, or None.
-        activation: name inside the MLP of the activation module.
+        activation: path from one decoder layer of the activation module.
         norm_kind: ``"rms"`` or ``"layer"``.
         gain_offset: constant added to the stored norm gain (Gemma: 1.0).
         bias_flags: config flags that give projections a bias -> the roles of those that get one.

@@ -126,7 +126,11 @@ def why_not(name: str, spec: LinearSpec) -> str | None:
 
 @cache
 def unavailable(name: str) -> str | None:
-    """Why this machine cannot use a backend, or None. A reason is logged, once."""
+    """Why this machine cannot use a backend, or None. A reason is logged, once.
+
+    Args:
+        name: a key of ``BACKENDS``.
+    """
     reason = BACKENDS[name].available()
     if reason is not None:
         logger.warning(f"kernel backend {name!r} is not used: {reason}")

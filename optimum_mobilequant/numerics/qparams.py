@@ -29,10 +29,12 @@ class Grid:
 
     @property
     def qmin(self) -> int:
+        """Smallest code."""
         return -(2 ** (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
+        """Largest code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     @property

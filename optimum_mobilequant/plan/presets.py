@@ -92,6 +92,7 @@ class Scheme:
     summary: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
+        """As ``config.json`` stores it."""
         return {
             "weights": {role: rule.to_dict() for role, rule in self.weights.items()},
             "activations": dict(self.activations),

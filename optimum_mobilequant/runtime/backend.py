@@ -76,14 +76,22 @@ def backend_of(model: nn.Module) -> str:
 
 
 def served(model: nn.Module) -> list[Served]:
-    """How each linear of a model is computed, in the order of the data flow; empty while it simulates."""
+    """How each linear of a model is computed, in the order of the data flow; empty while it simulates.
+
+    Args:
+        model: as ``quantize`` or ``from_pretrained`` returned it.
+    """
     runtime: Runtime | None = getattr(model, _RUNTIME, None)
     return list(runtime.served.values()) if runtime else []
 
 
 @contextmanager
 def simulated(model: PreTrainedModel) -> Iterator[None]:
-    """The simulation for a ``with`` block, whatever backend the model has."""
+    """The simulation for a ``with`` block, whatever backend the model has.
+
+    Args:
+        model: as ``quantize`` or ``from_pretrained`` returned it; afterwards it has its backend again.
+    """
     name = backend_of(model)
     if name != "simulate":
         set_backend(model, "simulate")

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_mobilequant import quantize
-from tests.tiny import build, config, logits_of
+from optimum_mobilequant import MobileQuantConfig, quantize
+from optimum_mobilequant.hf_quantizer import MobileQuantHfQuantizer
+from tests.tiny import build, config, logits_of, token_ids
 
 WEIGHTS = "model.safetensors"
 
@@ -184,6 +185,15 @@ def test_model_of_another_size_is_refused(folder):
 def test_offloading_is_refused(folder, device_map, tmp_path):
     with pytest.raises(ValueError, match="supports no disk offload"):
         AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+
+
+def test_quantizing_over_several_devices_is_refused_before_any_weight_is_read(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(MobileQuantHfQuantizer, "_process_model_before_weight_loading", None)
+    with pytest.raises(ValueError, match="quantizing runs on one device, and this device_map names 2; use"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map={"model": 0, "lm_head": 1}, quantization_config=MobileQuantConfig(dataset=token_ids())
+        )
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,14 @@ def offloaded():
     return model
 
 
+def spread():
+    """As after ``device_map="auto"`` with two cards; no test machine has two, so the parameters only say so."""
+    model = build("llama")
+    places = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
+    model.parameters = lambda recurse=True: iter(places)
+    return model
+
+
 def in_float64():
     return half_trained(dtype=torch.float64)
 
@@ -95,6 +104,7 @@ def of_integers():
         (half_trained, {"family": "qwen3"}, 'family "qwen3" expects modules that this model lacks'),
         (with_nan, {}, "parameter model.layers.1.mlp.up_proj.weight holds values that are not finite"),
         (neox, {}, 'no family serves model_type "gpt_neox"'),
+        (spread, {}, "the model is spread over \\['cuda:0', 'cuda:1'\\]; load it on one device"),
         (on_meta, {}, "weights without data \\(meta device\\)"),
         (from_inference_mode, {}, "loaded under torch.inference_mode"),
         (offloaded, {}, "offloaded to disk or split with the CPU"),

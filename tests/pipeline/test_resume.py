@@ -1,6 +1,7 @@
 """A run that is killed and started again ends where an uninterrupted one ends, bit for bit."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -171,6 +172,10 @@ def test_finished_run_is_not_computed_again(tmp_path, uninterrupted, monkeypatch
     for stage, name in ((transform_stage, "collect"), (tune_stage, "learn_end_to_end"), (checkpoint_stage, "pack")):
         monkeypatch.setattr(stage, name, lambda *a, **k: pytest.fail("computed again"))
     assert_same(run(folder=tmp_path), uninterrupted["mobilequant"])
+    # Neither the folder's place nor what only says where and with how much memory to work makes another run.
+    moved = shutil.copytree(tmp_path, tmp_path.with_name("moved"))
+    elsewhere = run(folder=moved, device="cpu", gradient_checkpointing=True)
+    assert_same(elsewhere, uninterrupted["mobilequant"])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,10 @@ __all__ = [
 
 
 def soc_of(name: str, target: Target = QNN_HTP) -> Soc:
-    """The system on chip called ``name``, in any case.
+    """A system on chip by its name.
+
+    Args:
+        name: in any case, such as ``"sm8650"``. target: whose chips.
 
     Raises:
         ValueError: unknown name; lists the known ones.
