@@ -2,6 +2,7 @@
 
     python benchmarks/pictures.py            # writes docs/pictures/*.svg
     python benchmarks/pictures.py --check    # says which would change, and writes nothing
+    python benchmarks/pictures.py --report report.html    # docs/pictures/report.png, with Chromium
 
 Colours follow the reader's light or dark setting; text is text. No number is typed here: each comes from
 ``benchmarks/results``.
@@ -12,6 +13,9 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,22 +95,17 @@ def speed() -> str:
     found = load("speed_tinyllama.json")
     parts = []
     for phase, told in (("prefill", "reading a prompt of 256 tokens"), ("decode", "writing")):
-        group = []
+        longest = max(
+            row[f"{phase}_tokens_per_s"] for p in ("w8a8", "w4a8") for row in found[p]["contenders"].values()
+        )
         for preset in ("w8a8", "w4a8"):
+            group = []
             for name, row in found[preset]["contenders"].items():
                 value = row[f"{phase}_tokens_per_s"]
-                ours = name == "mobilequant"
-                group.append(
-                    Bar(
-                        preset.upper() if ours else f"{name} ({preset} run)",
-                        value,
-                        f"{value:.3g}",
-                        "a" if ours else "b",
-                    )
-                )
-        longest = max(bar.value for bar in group)
-        parts.append((f"{told}, tokens per second", [Bar(b.label, b.value / longest, b.text, b.kind) for b in group]))
-    note = "TinyLlama-1.1B's shape, random weights, two cores with AVX512-VNNI"
+                label = "this package" if name == "mobilequant" else name
+                group.append(Bar(label, value / longest, f"{value:.3g}", "a" if name == "mobilequant" else "b"))
+            parts.append((f"{told}, {preset.upper()}, tokens per second", group))
+    note = "TinyLlama-1.1B's shape, random weights, two cores with AVX512-VNNI; quanto: weights of the same bits"
     return bars("Speed on a CPU", note, parts, most=1)
 
 
@@ -118,13 +117,31 @@ def memory() -> str:
     return bars("Memory while quantizing", "peak of a run; each setting alone", [("", group)], most=most)
 
 
+def screenshot(page: Path, picture: Path) -> None:
+    """The top of a report, at the width of a tablet."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        raise SystemExit(f"none of {', '.join(BROWSERS)} is here: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as profile:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        options += ["--window-size=820,1400", f"--screenshot={picture}"]
+        subprocess.run([browser, *options, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FILES = {"ladder.svg": ladder, "speed.svg": speed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a picture is not up to date")
+    parser.add_argument(
+        "--report", type=Path, metavar="HTML", help="take a picture of this page of `mobilequant report`"
+    )
     args = parser.parse_args()
+    if args.report:
+        screenshot(args.report, PICTURES / "report.png")
+        return
     PICTURES.mkdir(exist_ok=True)
     for name, draw in FILES.items():
         path, text = PICTURES / name, draw()

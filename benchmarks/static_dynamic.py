@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from outliers import SITES as OUTLIER_SITES
 from quality import VARIANTS, Subject, Text, add_options, cells, checked, models_of
-from table import Table
+from table import Table, markdown
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,7 +68,27 @@ def main() -> None:
     for name in dict.fromkeys(key[0] for key in keys):
         table.use_text(name, texts[name].record())
         measure(name, models[name], texts[name], [key[1:] for key in keys if key[0] == name], table, args)
-    print(table.markdown())
+    print(table.markdown(), ladder(table.rows), sep="\n\n")
+
+
+def ladder(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/static_dynamic.md: a rung a line, gaps of one model; "—" where nothing was measured."""
+    shown = []
+    for case in CASES:
+        cells_of_case = []
+        for preset, variant in product(PRESETS, VARIANTS):
+            key = (variant, preset, case)
+            gaps = [row["gap"] for row in rows if (row["variant"], row["preset"], row["case"]) == key]
+            cells_of_case.append(_percent(gaps[0]) if gaps else "—")
+        shown.append([case, *cells_of_case])
+    columns = [
+        f"{preset.upper()}{', outliers' * (variant != 'plain')}" for preset, variant in product(PRESETS, VARIANTS)
+    ]
+    return markdown(["", *columns], shown)
+
+
+def _percent(gap: float | None) -> str:
+    return "refused" if gap is None else f"{100 * gap:.2f} %"
 
 
 def measure(

@@ -162,3 +162,47 @@ def test_speed_reports_ratios_of_both_presets(run, folder, capsys):
     if importlib.util.find_spec("torchao") is None:
         with pytest.raises(ImportError, match="pip install torchao"):
             run("speed.py", *sizes, "--against", "torchao")
+
+
+def test_static_dynamic_climbs_the_ladder(run, folder, capsys):
+    small = ["--models", "models", "--text", "small=calibration.txt,evaluation.txt,1000", "--quick", "--seq-len", 32]
+    wanted = ["--only", "small/plain/w4a8/dynamic*", "--only", "small/plain/w4a8/s*"]
+    if importlib.util.find_spec("torchao") is None:
+        assert "pip install torchao" in run("static_dynamic.py", "--out", "sd.json", *small, *wanted)
+        wanted[1] = "small/plain/w4a8/dynamic"
+    assert run("static_dynamic.py", "--out", "sd.json", *small, *wanted) is None
+    rows = {row["case"]: row for row in json.loads((folder / "sd.json").read_text())["rows"]}
+    assert {"float", "dynamic", "static min-max", "smoothquant-edge", "searched ranges"} <= rows.keys()
+    assert all(row["perplexity"] > 1 for row in rows.values())
+    assert rows["dynamic"]["perplexity"] != rows["static min-max"]["perplexity"]
+    assert "| learned ranges | — | — | — | — |" in capsys.readouterr().out
+
+
+def test_memory_measures_what_lowers_it(run, folder, capsys):
+    sizes = ["--layers", 4, "--hidden", 64, "--vocabulary", 128, "--samples", 8, "--steps", 1, "--threads", 1]
+    wanted = ["--only", "as it is", "batch_size=1"]
+    assert run("memory.py", "--out", "memory.json", *sizes, *wanted) is None
+    first, second = json.loads((folder / "memory.json").read_text())["rows"]
+    assert second["peak"] < first["peak"] and second["estimate"] < first["estimate"]
+    assert second["ratio"] == second["peak"] / first["peak"]
+    assert "| batch_size=1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ladder.svg", "speed.svg"])
+def test_pictures_are_what_the_results_give(name, monkeypatch):
+    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+    pictures = importlib.import_module("pictures")
+    kept = (pictures.PICTURES / name).read_bytes()
+    assert pictures.FILES[name]().encode() == kept and len(kept) < 300_000
+
+
+def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
+    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+    results, pages = tiny.ROOT / "benchmarks" / "results", tiny.ROOT / "docs"
+    rows = json.loads((results / "static_dynamic.json").read_text(encoding="utf-8"))["rows"]
+    table = importlib.import_module("static_dynamic").ladder(rows)
+    assert table in (pages / "static_dynamic.md").read_text(encoding="utf-8")
+    memory = importlib.import_module("memory")
+    rows = json.loads((results / "memory.json").read_text(encoding="utf-8"))["rows"]
+    table = importlib.import_module("table").markdown(memory.HEADER, map(memory.cells, rows))
+    assert table in (pages / "memory.md").read_text(encoding="utf-8")

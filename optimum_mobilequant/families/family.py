@@ -61,7 +61,11 @@ class Family:
 class Geometry:
     """Sizes that the equivalent transforms need, read from the model's modules rather than trusted from its config.
 
-    ``rotary_dims`` counts the leading dims of a head that rotate; pairs are ``(i, i + rotary_dims // 2)``.
+    Args:
+        layers, heads, kv_heads, hidden, mlp, vocabulary: counts and widths.
+        head_dim: width of a head. rotary_dims: how many of its leading dims rotate, in pairs
+            ``(i, i + rotary_dims // 2)``.
+        tied: the head reads the embedding's table.
     """
 
     layers: int
@@ -76,6 +80,7 @@ class Geometry:
 
     @property
     def groups(self) -> int:
+        """Query heads for each KV head."""
         return self.heads // self.kv_heads
 
 
@@ -123,7 +128,14 @@ def family_of(model: nn.Module, name: str | None = None) -> Family:
 
 
 def geometry_of(model: nn.Module, family: Family) -> Geometry:
-    """Read the sizes from the modules; raises ValueError where config and modules disagree."""
+    """Read the sizes from the modules.
+
+    Args:
+        model: a transformers causal LM. family: the one that serves it.
+
+    Raises:
+        ValueError: config and modules disagree.
+    """
     config: Any = model.config
     layers = len(list(model.get_submodule(family.layers).children()))
     attention: Any = model.get_submodule(family.layer(0, family.attention))

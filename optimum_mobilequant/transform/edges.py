@@ -49,10 +49,11 @@ class Edge:
     """One vector of log-scales.
 
     Args:
-        name: ``<layer path>.<site>``. size: number of scales.
+        name: ``<layer path>.<site>``. site: of :data:`SITES`. size: number of scales.
         effects: all tensors that move together.
         activation: quantizer whose per-channel magnitude the scale divides; "" where two activations trade.
-        trade: (query, key) quantizers whose magnitudes the scale trades, or None; ``trade_index`` maps their channels.
+        trade: (query, key) quantizers whose magnitudes the scale trades, or None. trade_index: element of the vector
+            for each of their channels.
     """
 
     name: str
@@ -66,6 +67,10 @@ class Edge:
 
 def edges_of(family: Family, geometry: Geometry, sites: Sequence[str]) -> list[Edge]:
     """All edges of the chosen sites, layer by layer.
+
+    Args:
+        family, geometry: of the model, see ``family_of`` and ``geometry_of``.
+        sites: of :data:`SITES`, in any order.
 
     Raises:
         ValueError: unknown site.
