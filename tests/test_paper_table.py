@@ -136,7 +136,7 @@ def test_both_forms_of_measuring_run(script, folder, small_data, tasks, monkeypa
     pytest.importorskip("lm_eval", reason='tasks are an extra: pip install "optimum-mobilequant[eval]"')
     monkeypatch.chdir(folder)
     subject = script.SUBJECTS["TinyLlama-1.1B"]
-    row = script.PERPLEXITY[1]
+    row = script.DOWNSTREAM[1]
     first, last = script.commands(subject, row, tasks, device="cuda", out=Path("runs/paper"))
     if not Path(script.folder_of(subject, row, Path("runs/paper"))).exists():
         assert run(small(first, subject, subject.name)) == 0
