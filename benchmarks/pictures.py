@@ -109,14 +109,6 @@ def speed() -> str:
     return bars("Speed on a CPU", note, parts, most=1)
 
 
-def memory() -> str:
-    """Peak memory by setting; from memory.json."""
-    found = load("memory.json")["rows"]
-    most = max(row["peak"] for row in found) / 2**20
-    group = [Bar(row["settings"], row["peak"] / 2**20, f"{row['peak'] / 2**20:.0f} MiB") for row in found]
-    return bars("Memory while quantizing", "peak of a run; each setting alone", [("", group)], most=most)
-
-
 def screenshot(page: Path, picture: Path) -> None:
     """The top of a report, at the width of a tablet."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)

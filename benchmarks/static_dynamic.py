@@ -7,13 +7,15 @@ Protocol and options as in quality.py. "dynamic": every activation that a static
 beforehand takes its range from each token's own extremes instead, on the same grid and with the same integer weights,
 so that nothing but the ranges differs. "dynamic at linears (torchao)": torchao's own per-token int8 activations at the
 inputs of linear layers, everything else in float, which is what most libraries call dynamic quantization; needs
-``pip install torchao``.
+``pip install torchao``. ``--reuse quality.json`` takes static rows that quality.py measured with the same settings and
+text from its file, those of the present version alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -55,6 +57,8 @@ def main() -> None:
         "factor": args.factor, "share": args.share, "outlier_sites": list(OUTLIER_SITES),
     }  # fmt: skip
     table = Table(args.out, settings, append=args.append, keys=KEYS, header=HEADER, cells=cells)
+    if args.reuse:
+        reuse(args.reuse, table, texts)
     keys = [
         (name, v, p, c)
         for name in models
@@ -69,6 +73,27 @@ def main() -> None:
         table.use_text(name, texts[name].record())
         measure(name, models[name], texts[name], [key[1:] for key in keys if key[0] == name], table, args)
     print(table.markdown(), ladder(table.rows), sep="\n\n")
+
+
+def reuse(path: Path, table: Table, texts: dict[str, Text]) -> None:
+    """Copy the rows of quality.py's file that are missing here and mean the same."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if different := {name for name, value in stored["settings"].items() if table.settings.get(name) != value}:
+        raise SystemExit(
+            f"{path} was measured with other settings ({', '.join(sorted(different))}): leave --reuse out"
+        )
+    names = {"float": "float", **{options["recipe"]: case for case, options in STATIC.items() if len(options) == 1}}
+    for row in stored["rows"]:
+        key = (row["model"], row["variant"], row["preset"], names.get(row["case"]))
+        known = (
+            row["model"] in texts
+            and row["preset"] in (*PRESETS, "float32")
+            and stored["texts"][row["model"]] == texts[row["model"]].record()
+        )
+        if known and None not in key and not stored["runs"][row["run"]].get("version") and not table.has(*key):
+            table.use_text(row["model"], texts[row["model"]].record())
+            taken = {name: row[name] for name in ("perplexity", "gap", "minutes")}
+            table.add(*key, values=taken | {"from": path.name, "measured": stored["runs"][row["run"]]["date"]})
 
 
 def ladder(rows: list[dict[str, Any]]) -> str:
@@ -133,7 +158,9 @@ def at_linears(model: PreTrainedModel, preset: str) -> PreTrainedModel:
 
 def everywhere(subject: Subject, model: PreTrainedModel, preset: str, case: str) -> PreTrainedModel:
     """A statically quantized model whose activations take their ranges from each token instead."""
-    options = {"recipe": DYNAMIC_RECIPES[case], "backend": "simulate"}
+    options: dict[str, Any] = {"recipe": DYNAMIC_RECIPES[case], "backend": "simulate"}
+    if options["recipe"] == "rtn":  # its weights depend on no text, and ranges are taken from each token
+        options["samples"] = 8
     model = quantize(model, subject.tokenizer, subject.config(preset, subject.args.seed, options))
     for quantizer in quantizers_of(model):
         if quantizer.spec.fixed is None:
@@ -155,6 +182,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"
     )
+    parser.add_argument("--reuse", type=Path, metavar="FILE", help="results of quality.py to take static rows from")
     args = checked(parser)
     args.wants = lambda *key: not args.only or any(fnmatch("/".join(key), pattern) for pattern in args.only)
     return args
