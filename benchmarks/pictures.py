@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from static_dynamic import CASES
+
 HERE = Path(__file__).resolve().parent
 PICTURES = HERE.parent / "docs" / "pictures"
 WIDTH, LABEL, ROW, BAR = 640, 190, 26, 16
@@ -80,7 +82,10 @@ def ladder() -> str:
     found = load("static_dynamic.json")["rows"]
     parts = []
     for variant, told in (("plain", "the model as it is"), ("injected", "the same model with outlier channels")):
-        rows = [row for row in found if row["variant"] == variant and row["preset"] == "w4a8"]
+        rows = [
+            row for row in found if row["variant"] == variant and row["preset"] == "w4a8" and row["gap"] is not None
+        ]
+        rows.sort(key=lambda row: CASES.index(row["case"]))
         group = [
             Bar(row["case"], 100 * row["gap"], f"{100 * row['gap']:.2f} %", "b" if "dynamic" in row["case"] else "a")
             for row in rows
@@ -105,7 +110,7 @@ def speed() -> str:
                 label = "this package" if name == "mobilequant" else name
                 group.append(Bar(label, value / longest, f"{value:.3g}", "a" if name == "mobilequant" else "b"))
             parts.append((f"{told}, {preset.upper()}, tokens per second", group))
-    note = "TinyLlama-1.1B's shape, random weights, two cores with AVX512-VNNI; quanto: weights of the same bits"
+    note = "TinyLlama-1.1B's shape, random weights, two cores with AVX512-VNNI"
     return bars("Speed on a CPU", note, parts, most=1)
 
 
@@ -116,7 +121,7 @@ def screenshot(page: Path, picture: Path) -> None:
         raise SystemExit(f"none of {', '.join(BROWSERS)} is here: apt-get install chromium")
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        options += ["--window-size=820,1400", f"--screenshot={picture}"]
+        options += ["--window-size=820,1900", f"--screenshot={picture}"]
         subprocess.run([browser, *options, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
 
 
