@@ -25,7 +25,7 @@ from static_dynamic import CASES
 
 HERE = Path(__file__).resolve().parent
 PICTURES = HERE.parent / "docs" / "pictures"
-WIDTH, LABEL, ROW, BAR = 640, 190, 26, 16
+WIDTH, LABEL, ROW, BAR = 640, 220, 26, 16
 # Not black on white: it stays readable on both grounds until the style sheet chooses.
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222}.title{font-weight:600;font-size:15px}"
@@ -92,7 +92,7 @@ def ladder() -> str:
         ]
         parts.append((told, group))
     note = "W4A8, demo model (2.6 M parameters), loss of perplexity against float; orange: ranges at run time"
-    return bars("From float to learned static ranges", note, parts, most=12)
+    return bars("From float to learned static ranges", note, parts, most=18)
 
 
 def speed() -> str:
