@@ -40,8 +40,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         text_column: column that holds the text; None takes ``"text"``, then ``"input_ids"``.
         tokenizer: tokenizer object or name; None loads the one that belongs to the model.
         recipe: what is done, a key of ``optimum_mobilequant.recipes.RECIPES``. None takes the effort's own:
-            ``"best"`` at ``"default"`` and ``"best"``, ``"mobilequant"`` below, and wherever ``weight_format`` has no
-            integers to learn. The config then states its name.
+            ``"best"`` at ``"default"`` and ``"best"``, ``"mobilequant"`` below, wherever ``weight_format`` has no
+            integers to learn, and with ``tuning="none"`` or ``steps=0``. The config then states its name.
         effort: how much is spent on it, a key of ``optimum_mobilequant.recipes.EFFORTS``.
         seed: seed of data order and training.
         overrides: exceptions to the preset. Keys are ``fnmatch`` patterns of module or tensor names, values hold
@@ -244,7 +244,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
         recipe = self.recipe
         if recipe is None:
             stored = self.weight_format not in (None, "int")
-            recipe = "mobilequant" if stored else lookup("effort", EFFORTS, self.effort).recipe
+            untrained = self.tuning == "none" or self.steps == 0
+            recipe = "mobilequant" if stored or untrained else lookup("effort", EFFORTS, self.effort).recipe
         settings = settings_of(recipe, self.effort, choices, seed=self.seed)
         if settings.finetune == "none":
             for name in ("finetune_dataset", "teachers"):

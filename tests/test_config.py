@@ -310,6 +310,8 @@ def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_f
         ({"recipe": "mobilequant", "effort": "best"}, "mobilequant"),
         ({"preset": "w4a16", "weight_format": "adpq"}, "mobilequant"),
         ({"preset": "w4a16", "weight_format": "int"}, "best"),
+        ({"tuning": "none"}, "mobilequant"),
+        ({"steps": 0}, "mobilequant"),
     ],
 )
 def test_the_recipe_of_who_names_none_is_the_efforts_own(options, recipe):
