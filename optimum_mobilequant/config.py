@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .lookup import lookup, unknown_name
+from .methods import NO_ADAPTERS
 from .options import DEFAULT_GROUP, DEFAULT_OUTLIERS, check_bits, check_format_options, check_values, whole
 from .recipes import EFFORTS
 from .settings import Settings, settings_of
@@ -352,6 +353,12 @@ class MobileQuantConfig(QuantizationConfigMixin):
             del values["scheme"]
         kept = {"quant_method", "format_version", "preset", "recipe", "effort", "scheme"}
         return {name: value for name, value in values.items() if name in kept or value != default[name]}
+
+    @property
+    def get_apply_tensor_subclass(self) -> NoReturn:
+        """Always raises ``ValueError``: peft asks for this before it wraps a quantized model's layers, and for nothing
+        else by which a method could tell why it takes no adapters."""
+        raise ValueError(NO_ADAPTERS)
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

@@ -15,6 +15,7 @@ from .config import MobileQuantConfig
 from .families import family_of, geometry_of
 from .hub.tags import add_tags, remove_tags
 from .log import get_logger
+from .methods import add_methods, remove_methods
 from .nn.dynamic import refuse_dynamic
 from .plan import Plan, build_plan
 from .registration import METHOD
@@ -78,6 +79,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             check_values(model)
             add_tags(model, self.quantization_config)
+            add_methods(model)
             set_backend(model, self.quantization_config.backend)
             return model
         from .pipeline import quantize
@@ -118,6 +120,7 @@ class MobileQuantHfQuantizer(HfQuantizer):
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         restore_float(model, plan_of(model, self.quantization_config), wanted)
         remove_tags(model)
+        remove_methods(model)
         return model
 
 
@@ -166,4 +169,5 @@ def attach(model: Any, config: MobileQuantConfig) -> None:
     untie(model)
     ignore_sentinel(model, plan)
     add_tags(model, config)
+    add_methods(model)
     set_backend(model, config.backend)

@@ -11,12 +11,22 @@ from typing import Any
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model that this package quantized."""
+    return _quantization(folder) is not None
+
+
+def recorded_base(folder: Path) -> str | None:
+    """Hub id of the float model that a checkpoint was made from; None if it records none, or is no checkpoint."""
+    name = ((_quantization(folder) or {}).get("recorded") or {}).get("base_model")
+    return name if isinstance(name, str) and name else None
+
+
+def _quantization(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
     found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == "mobilequant"
+    return found if isinstance(found, dict) and found.get("quant_method") == "mobilequant" else None
 
 
 def record_evaluation(folder: Path, name: str, values: Mapping[str, Any]) -> None:

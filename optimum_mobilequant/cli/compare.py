@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .common import AddCommand, check_model, positive, print_json, read_text
@@ -21,6 +22,7 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--float", dest="float_model", metavar="MODEL", help="the float model it was made from")
     parser.add_argument("--seq-len", type=positive, default=256, metavar="N", help="tokens in a window (256)")
     parser.add_argument("--tokens", type=positive, metavar="N", help="use only the first N tokens of the text")
+    parser.add_argument("--no-record", action="store_true", help="do not store the check of an export in its folder")
     parser.add_argument("--json", action="store_true", help="print JSON; a value that is not finite becomes null")
 
 
@@ -33,6 +35,8 @@ def run_command(args: argparse.Namespace) -> int:
 
     options = {name: getattr(args, name) for name in ("float32", "onnx", "onnx_float64", "htp", "seq_len", "tokens")}
     found = compare(checkpoint, text, float_model=float_model, **options).to_dict()
+    if args.onnx and not args.no_record:
+        _record(Path(args.onnx).expanduser(), Path(args.text).name, found)
     if args.json:
         print_json(found)
         return 0
@@ -45,6 +49,25 @@ def run_command(args: argparse.Namespace) -> int:
         columns = (_share(values["argmax"]), _share(values["equal"]), _number(values["max_lsb"]))
         print(f"{name:<20}{values['sqnr_db']:>12.1f}" + "".join(f"{column:>10}" for column in columns))
     return 0
+
+
+def _record(folder: Path, text: str, found: dict[str, Any]) -> None:
+    """What ONNX Runtime made of the export, for the model card."""
+    from optimum_mobilequant.exporters.folder import record_check
+    from optimum_mobilequant.log import get_logger
+
+    pair = found["pairs"]["onnx/integer"]
+    words = [
+        f"in ONNX Runtime against the integer executor on {text}, {found['onnx']['tokens']} predictions",
+        f"{_share(pair['argmax'])} of the tokens chosen alike",
+        f"SQNR of the logits {pair['sqnr_db']:.1f} dB",
+    ]
+    if pair["equal"] is not None:
+        words.append(f"{_share(pair['equal'])} of their codes equal, the others at most {pair['max_lsb']} steps apart")
+    try:
+        record_check(folder, ", ".join(words))
+    except (OSError, ValueError) as error:  # a read-only folder must not cost the measurement
+        get_logger(__name__).warning(f"the check is not stored in {folder}: {error}")
 
 
 def _share(value: float | None) -> str:

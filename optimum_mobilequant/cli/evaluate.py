@@ -20,10 +20,10 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-eval")
     parser.add_argument("--task-dir", metavar="DIR", help="folder with task YAMLs of yours")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (each task's own number)")
+    parser.add_argument("--shots", type=_count, metavar="N", help="examples in the prompt (each task's own number)")
     parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="requests at a time (4)")
     parser.add_argument("--seed", type=int, default=0, help="of few-shot sampling (0)")
-    parser.add_argument("--against", metavar="MODEL", help="measure this model, too, and show the difference")
+    parser.add_argument("--against", metavar="MODEL", help="measure this model, too; float: the base model")
     parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
@@ -41,19 +41,26 @@ def _names(text: str) -> list[str]:
     return [name for name in (part.strip() for part in text.split(",")) if name]
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
 def run_command(args: argparse.Namespace) -> int:
     if args.text is None and not args.tasks:
         raise ValueError("nothing to measure: give --text FILE, --tasks NAMES, or both")
-    names = {"model": check_model(args.model)} | ({"against": check_model(args.against)} if args.against else {})
+    names = {"model": check_model(args.model)}
+    if args.against:
+        names["against"] = check_model(_against(args.against, Path(names["model"])))
     text = None if args.text is None else read_text(args.text)
-    folder = None if args.task_dir is None else Path(args.task_dir).expanduser()
+    tasks = None
     if args.tasks:
-        from optimum_mobilequant.evaluate.tasks import check_tasks
+        from optimum_mobilequant.evaluate.tasks import load_tasks
 
-        check_tasks(args.tasks, folder)  # before any model is loaded
-    measured = {role: _measure(name, args, text, folder) for role, name in names.items()}
+        folder = None if args.task_dir is None else Path(args.task_dir).expanduser()
+        tasks = load_tasks(args.tasks, folder)  # before any model is loaded
+    measured = {role: _measure(name, args, text, tasks) for role, name in names.items()}
     if not args.no_record:
-        _record(Path(names["model"]), args, measured["model"])
+        _record(Path(names["model"]), args, measured, names.get("against"))
     found = measured["model"] | ({"against": measured["against"]} if args.against else {})
     if args.json:
         print_json(found)
@@ -62,7 +69,22 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(name: str, args: argparse.Namespace, text: str | None, folder: Path | None) -> dict[str, Any]:
+def _against(name: str, checkpoint: Path) -> str:
+    """The model to compare with; "float" stands for the one the checkpoint was made from."""
+    if name != "float" or Path(name).exists():
+        return name
+    from optimum_mobilequant.checkpoint.record import recorded_base
+
+    base = recorded_base(checkpoint)
+    if base is None:
+        raise ValueError(
+            f"{checkpoint} does not record its float model (only models loaded by a Hub id are): give --against the "
+            "folder or id of that model"
+        )
+    return base
+
+
+def _measure(name: str, args: argparse.Namespace, text: str | None, tasks: Any) -> dict[str, Any]:
     model, tokenizer = load(name, dtype="auto")
     values: dict[str, Any] = {}
     if text is not None:
@@ -70,27 +92,35 @@ def _measure(name: str, args: argparse.Namespace, text: str | None, folder: Path
 
         result = perplexity(model, tokenizer, text, seq_len=args.seq_len, bos=bool(args.bos))
         values = {key: getattr(result, key) for key in ("perplexity", "word_perplexity", "tokens", "seconds")}
-    if args.tasks:
+    if tasks is not None:
         from optimum_mobilequant.evaluate.tasks import evaluate_tasks
 
         options = {name: getattr(args, name) for name in ("limit", "shots", "bos", "batch_size", "seed")}
-        values["tasks"] = evaluate_tasks(model, tokenizer, args.tasks, folder=folder, **options).to_dict()
+        values["tasks"] = evaluate_tasks(model, tokenizer, tasks, **options).to_dict()
     return values
 
 
-def _record(folder: Path, args: argparse.Namespace, values: dict[str, Any]) -> None:
+def _record(folder: Path, args: argparse.Namespace, measured: dict[str, dict[str, Any]], against: str | None) -> None:
     from optimum_mobilequant.checkpoint.record import is_checkpoint, record_evaluation
     from optimum_mobilequant.log import get_logger
 
     if not is_checkpoint(folder):
         return
+    values, other = measured["model"], measured.get("against", {})
+    beside = {} if against is None else {"model": Path(against).name if Path(against).exists() else against}
     try:
         if "perplexity" in values:
-            kept = {key: values[key] for key in ("perplexity", "word_perplexity", "tokens")}
+            keys = ("perplexity", "word_perplexity", "tokens")
+            kept = {key: values[key] for key in keys}
             protocol = {"text": Path(args.text).name, "seq_len": args.seq_len, "bos": bool(args.bos)}
+            if beside:
+                kept["against"] = beside | {key: other[key] for key in keys}
             record_evaluation(folder, f"text:{Path(args.text).name}", kept | protocol)
         if "tasks" in values:
-            record_evaluation(folder, "tasks:" + ",".join(args.tasks), values["tasks"])
+            kept = dict(values["tasks"])
+            if beside:
+                kept["against"] = beside | {key: other["tasks"][key] for key in ("scores", "errors")}
+            record_evaluation(folder, "tasks:" + ",".join(args.tasks), kept)
     except (OSError, ValueError) as error:  # a read-only folder must not cost the measurement
         get_logger(__name__).warning(f"the scores are not stored in {folder}: {error}")
 

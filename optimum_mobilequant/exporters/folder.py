@@ -78,6 +78,26 @@ def resumed(out: Path, marker: str, overwrite: bool) -> Iterator[None]:
             shutil.rmtree(previous)
 
 
+def record_check(folder: Path, words: str) -> None:
+    """Store in the record of a finished export how it was checked; an earlier check is replaced.
+
+    Args:
+        words: one line, for the model card.
+
+    Raises:
+        OSError, ValueError: the record cannot be read or written.
+    """
+    path = folder / RECORD
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["summary"]["checked"] = words
+    temporary = path.with_name(f".{RECORD}.{os.getpid()}")
+    try:
+        write_json(temporary, record)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _replace(staged: Path, out: Path) -> None:
     previous = out.with_name(f".{out.name}.{os.getpid()}.previous")
     if out.exists():

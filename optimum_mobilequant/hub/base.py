@@ -22,6 +22,7 @@ class Base:
         id: ``owner/name``.
         license, license_name, license_link: as in the metadata of its card; None where unknown.
         weight_bytes: size of its safetensors files, or None where unknown.
+        described: whether the Hub told; then a licence of None means that the base has no licence tag.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Base:
     license_name: str | None = None
     license_link: str | None = None
     weight_bytes: int | None = None
+    described: bool = False
 
 
 def look_up(name: str, api: HfApi) -> Base:
@@ -50,7 +52,8 @@ def look_up(name: str, api: HfApi) -> Base:
     sizes = [file.size for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
     known = [size for size in sizes if size is not None]
     weight_bytes = sum(known) if known and len(known) == len(sizes) else None
-    return Base(name, _text(card.get("license")), _text(card.get("license_name")), _text(link), weight_bytes)
+    license, license_name = _text(card.get("license")), _text(card.get("license_name"))
+    return Base(name, license, license_name, _text(link), weight_bytes, described=True)
 
 
 def _text(value: object) -> str | None:

@@ -14,6 +14,7 @@ from .base import Base
 from .card_text import card_text
 from .facts import Export, Facts, read_exports, read_facts
 from .names import check_hub_id
+from .scores import same_metric
 from .tags import merge_tags, tags_of
 
 logger = get_logger(__name__)
@@ -76,24 +77,28 @@ def build_card(
     if base:
         data["base_model_relation"] = "quantized"
     if data.license is None:
-        logger.warning("the licence is not known, so the card names none: give --license (license=...)")
+        reason = f"{base.id} has no licence tag on the Hub" if base and base.described else "the licence is not known"
+        logger.warning(f"{reason}, so the card names none: give --license (license=...)")
     text = card_text(facts, repo_id, base=base, license=data.license, exports=exports)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARKER}\n{text}")
 
 
 def _results(facts: Facts) -> list[EvalResult]:
+    results = [score.result() for evaluation in facts.evaluations for score in evaluation.scores]
     if "quantized" not in facts.perplexity:
-        return []
+        return results
     dataset = facts.hub_dataset
-    result = EvalResult(
+    validation = EvalResult(
         task_type="text-generation",
         dataset_type=dataset or "text",
         dataset_name=f"validation part of the calibration text{f' ({dataset})' if dataset else ''}",
         metric_type="perplexity",
-        metric_name="Perplexity",
-        metric_value=round(facts.perplexity["quantized"], 4),
+        metric_name="perplexity",
+        metric_value=float(f"{facts.perplexity['quantized']:.6g}"),
+        metric_args={"seed": facts.config.seed},
+        verified=False,
     )
-    return [result]
+    return [validation, *results]
 
 
 def is_own(card: ModelCard) -> bool:
@@ -129,7 +134,7 @@ def merge(theirs: ModelCard, ours: ModelCard, *, explicit: Sequence[str] = ()) -
             theirs_data[key] = value
     theirs_data.tags = merge_tags(theirs_data.tags or [], ours_data.tags or [])
     if results := ours_data.eval_results:
-        kept = [r for r in theirs_data.eval_results or [] if not any(r.is_equal_except_value(o) for o in results)]
+        kept = [r for r in theirs_data.eval_results or [] if not any(same_metric(r, o) for o in results)]
         theirs_data.eval_results = kept + results
         theirs_data.model_name = theirs_data.model_name or ours_data.model_name
     return merged

@@ -10,6 +10,7 @@ from typing import Any
 from ..settings import Settings
 from .base import Base
 from .facts import Export, Facts
+from .scores import Evaluation
 
 _ARTICLE = "https://arxiv.org/abs/2408.13933"
 
@@ -94,9 +95,19 @@ def _bits(facts: Facts) -> str:
 
 
 def _scores(facts: Facts) -> str:
+    parts = [part for part in (_validation(facts), *map(_evaluation, facts.evaluations)) if part]
+    if not parts:
+        parts = ["None were recorded."]
+    elif not any(evaluation.name.startswith("tasks:") for evaluation in facts.evaluations):
+        parts.append("No downstream task was measured.")
+    return "\n\n".join(["## Scores", *parts])
+
+
+def _validation(facts: Facts) -> str:
+    """Perplexity that the run itself measured."""
     values = facts.perplexity
     if "quantized" not in values:
-        return "## Scores\n\nNone were recorded."
+        return ""
     learned = bool(facts.config.recorded.get("best_step"))
     names = {
         "float": "float model",
@@ -112,10 +123,25 @@ def _scores(facts: Facts) -> str:
         rows.append((names[key], f"{values[key]:.4f}", gap))
     chosen = ", which also chose among the steps of learning" if learned else ""
     return (
-        "## Scores\n\n" + _table(("", "perplexity", "against float"), rows) + "\n\n"
+        _table(("", "perplexity", "against float"), rows) + "\n\n"
         f"Measured on the validation sequences of the calibration text{chosen}, with the integers simulated in floats "
-        "that hold them exactly. No other score is recorded: no downstream task, no text of another kind."
+        "that hold them exactly."
     )
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    """One recorded call of ``mobilequant eval``."""
+    rows = []
+    for score in evaluation.scores:
+        error = "" if score.error is None else f" ± {score.error:.4g}"
+        row = [score.what, score.metric, f"{score.value:.6g}{error}"]
+        if evaluation.against:
+            other = score.other
+            row += ["-", "-"] if other is None else [f"{other:.6g}", f"{score.value - other:+.4g}"]
+        rows.append(tuple(row))
+    kind = "task" if evaluation.name.startswith("tasks:") else "text"
+    head = [kind, "metric", "this checkpoint"] + ([evaluation.against, "difference"] if evaluation.against else [])
+    return f"{_table(head, rows)}\n\nMeasured on {evaluation.protocol}."
 
 
 def _size(facts: Facts, base: Base | None) -> str:
@@ -135,21 +161,26 @@ def _size(facts: Facts, base: Base | None) -> str:
 def _exports(exports: Sequence[Export]) -> str:
     if not exports:
         return ""
-    rows = [(f"`{e.name}/`", e.record["target"], _bytes(e.size), e.checked or "no check recorded") for e in exports]
+    rows = [(f"`{e.name}/`", e.record["target"], _bytes(e.size), e.checked or "not checked") for e in exports]
     return "## Exports\n\n" + _table(("folder", "target", "size", "how it was checked"), rows)
 
 
 def _limits(facts: Facts, base: Base | None, license: str | None) -> str:
     context = f" The longest context is {facts.positions:,} tokens." if facts.positions else ""
-    terms = f"Licence: `{license}`. " if license else "The licence is not stated here. "
+    if license:
+        terms = f"Licence: `{license}`."
+    elif base and base.described:
+        terms = "The float model's card names no licence, so none is stated here: ask its authors before you use it."
+    else:
+        terms = "The licence is not stated here: see the float model's."
     origin = f"[{base.id}](https://huggingface.co/{base.id})" if base else "the float model"
     return (
         "## Use and limits\n\n"
-        "For text generation on integer hardware, after an export, and for studying in transformers what such "
-        "hardware computes. In transformers it is not faster than the float model.\n\n"
+        "For text generation on integer hardware, after an export, and in transformers, which computes the same "
+        "integers. It cannot be trained as it is: `model.dequantize()` gives a float model to fine-tune.\n\n"
         "- The ranges of the activations come from the calibration text and are fixed. Values beyond them are "
         f"clipped, so text of another kind or language may lose more than the scores show.{context}\n"
-        f"- {terms}The terms, uses, biases and limits of {origin} apply to this model too."
+        f"- {terms} The terms, uses, biases and limits of {origin} apply to this model too."
     )
 
 

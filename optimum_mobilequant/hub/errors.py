@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 # HfHubHTTPError derives from the HTTP library's own base class, which is another library in other versions of the
 # client; the uploads of large files wrap either in a RuntimeError.
 _HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 TRANSPORT_ERRORS = (_HTTP_ERROR, OSError, RuntimeError)
+
+# The xet client's errors are plain OSErrors (without errno); the Hub's refusal to let it write is in their text.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})[^)]*\), domain: \S*/xet-write-token/")
 
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access"
 NO_TOKEN = f"no token for the Hub: {_LOG_IN}"
@@ -44,6 +49,8 @@ def explain(error: BaseException, repo_id: str, token: str) -> Exception:
         return ConnectionError("HF_HUB_OFFLINE forbids the upload: unset it and push again")
     # A file store's refusal of a part, wrapped in a RuntimeError, says nothing about the token.
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and cause is None and (named := _XET_STATUS.search(str(error))):
+        status = int(named[1])
     said = without_token(getattr(cause, "server_message", None) or str(cause or error), token)
     if status == 401:
         return PermissionError(f"the Hub does not accept this token (401): {_LOG_IN}")
@@ -54,7 +61,7 @@ def explain(error: BaseException, repo_id: str, token: str) -> Exception:
         )
     if status is not None and 400 <= status < 500 and status not in (408, 429):
         return ValueError(f"the Hub refused the upload to {repo_id} ({status}): {said}")
-    if cause is None and isinstance(error, OSError):  # of this machine: a file that cannot be read
+    if cause is None and isinstance(error, OSError) and error.errno is not None:  # a file that cannot be read here
         return OSError(f"the upload to {repo_id} stopped: {said}")
     return ConnectionError(
         f"the upload to {repo_id} was interrupted ({said}). Push again: the repository changes only as a whole, and "

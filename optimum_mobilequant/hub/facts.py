@@ -17,8 +17,11 @@ from ..inspection import Inspection, inspect_checkpoint
 from ..log import get_logger
 from ..sources import FILE_TYPES, dataset_kind
 from .names import is_hub_id
+from .scores import Evaluation, read_evaluations
 
 logger = get_logger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Facts:
         return {k: v for k, v in values.items() if isinstance(v, float | int) and math.isfinite(v)}
 
     @property
+    def evaluations(self) -> list[Evaluation]:
+        """What ``mobilequant eval`` recorded in the checkpoint."""
+        return read_evaluations(self.config.recorded)
+
+    @property
     def hub_dataset(self) -> str | None:
         """Hub id of the calibration data; None for files, texts and the built-in text."""
         data = self.config.dataset
@@ -100,7 +108,7 @@ def read_facts(checkpoint: Path) -> Facts:
     architecture = AutoConfig.from_pretrained(checkpoint)
     stored: Any = architecture.quantization_config
     config = MobileQuantConfig.from_dict(stored if isinstance(stored, Mapping) else stored.to_dict())
-    tokenizer = any((checkpoint / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    tokenizer = any((checkpoint / name).is_file() for name in TOKENIZER_FILES)
     positions = getattr(architecture, "max_position_embeddings", None)
     return Facts(checkpoint, config, inspection, positions, tokenizer)
 

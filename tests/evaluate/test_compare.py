@@ -172,6 +172,30 @@ def test_an_export_of_another_checkpoint_or_for_fewer_tokens_is_refused(folder, 
     bad(folder, "from another checkpoint", checkpoint=tmp_path / "other", onnx=tmp_path / "onnx")
 
 
+def test_the_command_stores_the_check_of_an_export_for_the_card(folder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is an extra")
+    pytest.importorskip("onnx", reason="onnx is an extra")
+    from optimum_mobilequant.exporters import export
+    from optimum_mobilequant.hub.facts import read_exports
+
+    out = tmp_path / "onnx"
+    export(folder / "checkpoint", "onnx", out, context=16, prompt_length=8)
+    options = ["--text", str(folder / "text.txt"), "--onnx", str(out), "--seq-len", "16", "--tokens", "32", "--json"]
+    before = (out / "export.json").read_bytes()
+    assert cli.main(["compare", str(folder / "checkpoint"), *options, "--no-record"]) == 0
+    assert (out / "export.json").read_bytes() == before
+    assert read_exports(folder / "checkpoint", [out])[0].checked is None
+    capsys.readouterr()
+    assert cli.main(["compare", str(folder / "checkpoint"), *options]) == 0
+    pair = json.loads(capsys.readouterr().out)["pairs"]["onnx/integer"]
+    checked = read_exports(folder / "checkpoint", [out])[0].checked
+    assert checked.startswith("in ONNX Runtime against the integer executor on text.txt, 30 predictions, ")
+    assert f"{100 * pair['equal']:.2f} % of their codes equal" in checked
+    record = json.loads((out / "export.json").read_text())
+    del record["summary"]["checked"]
+    assert record == json.loads(before)
+
+
 def test_the_command_prints_json(folder, capsys):
     options = ["--text", str(folder / "text.txt"), "--float", str(folder / "float"), "--seq-len", "16"]
     assert cli.main(["compare", str(folder / "checkpoint"), *options, "--tokens", "64", "--json"]) == 0

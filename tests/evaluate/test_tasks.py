@@ -1,6 +1,7 @@
 """Tasks through lm-eval: equal to a computation by hand, recorded in the checkpoint, refused before any loading."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ pytest.importorskip("datasets", reason='tasks are an extra: pip install "optimum
 
 from optimum_mobilequant import cli, quantize  # noqa: E402
 from optimum_mobilequant.checkpoint.record import record_evaluation  # noqa: E402
-from optimum_mobilequant.evaluate.tasks import check_tasks, evaluate_tasks  # noqa: E402
+from optimum_mobilequant.evaluate.tasks import evaluate_tasks, load_tasks  # noqa: E402
 from tests import tiny  # noqa: E402
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
@@ -85,6 +86,8 @@ def test_accuracy_is_that_of_a_computation_by_hand(folder, which):
     assert found.scores["letters"]["acc"] == pytest.approx(1 / 3)  # each answer is right once for each question
     assert found.versions == {"letters": 2.0} and found.bos is False and found.limit is None
     assert found.packages["lm-eval"] and found.shots == {"letters": 0}
+    assert found.asked == ("letters",) and found.data == {"letters": {"split": "test"}}  # no path of this machine
+    assert found.errors["letters"]["acc"] == pytest.approx((2 / 9 / 5) ** 0.5)  # of a mean of 6 documents
     one = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", limit=1)
     assert one.scores["letters"]["acc"] in (0.0, 1.0) and one.bos == "auto"
 
@@ -100,7 +103,9 @@ def test_the_command_compares_and_records(folder, capsys):
     assert found["tasks"]["scores"]["letters"]["acc"] == found["against"]["tasks"]["scores"]["letters"]["acc"]
     after = json.loads((folder / "checkpoint" / "config.json").read_text())
     kept = after["quantization_config"]["recorded"].pop("evaluations")
-    assert after == before and kept == {"tasks:letters": found["tasks"]}
+    beside = {key: found["against"]["tasks"][key] for key in ("scores", "errors")}
+    assert after == before
+    assert kept == {"tasks:letters": {**found["tasks"], "against": {"model": "float", **beside}}}
     cli.common.load(str(folder / "checkpoint"), dtype="auto")  # the record does not disturb the digest
 
 
@@ -116,23 +121,73 @@ def test_bad_input_is_refused_before_a_model_is_loaded(folder, tmp_path, monkeyp
         assert words in capsys.readouterr().err
 
 
-def test_data_that_need_the_network_are_one_clear_error(folder, monkeypatch):
+def test_data_on_the_hub_are_missed_before_a_model_is_loaded(folder, monkeypatch, capsys):
+    """The real libraries, offline: the task is one that lm-eval brings along."""
+    monkeypatch.setattr(cli.evaluate, "load", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import lm_eval
-
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach 'owner/data' on the Hub")
-
-    monkeypatch.setattr(lm_eval, "simple_evaluate", unreachable)
-    model, tokenizer = cli.common.load(str(folder / "float"), dtype="auto")
-    with pytest.raises(ConnectionError, match="could not be fetched .HF_HUB_OFFLINE .* is set.*--task-dir"):
-        evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks")
+    assert cli.main(["eval", str(folder / "float"), "--tasks", "lambada_openai"]) != 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "the data of lambada_openai could not be fetched (HF_HUB_OFFLINE" in errors[0] and "--task-dir" in errors[0]
 
 
-def test_without_lm_eval_the_error_names_the_command(monkeypatch):
+def test_a_missing_data_file_is_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.evaluate, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "letters.yaml").write_text(YAML.format(file=tmp_path / "gone.jsonl").replace("letters", "others"))
+    assert cli.main(["eval", str(folder / "float"), "--tasks", "others", "--task-dir", str(tmp_path)]) == 2
+    assert "gone.jsonl" in capsys.readouterr().err
+
+
+def test_without_lm_eval_the_error_names_the_command(folder, monkeypatch, capsys):
     monkeypatch.setattr("optimum_mobilequant.evaluate.tasks.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "optimum-mobilequant\[eval\]"'):
-        check_tasks(["letters"])
+        load_tasks(["letters"])
+    assert cli.main(["eval", str(folder / "float"), "--tasks", "letters"]) == 2
+    assert 'pip install "optimum-mobilequant[eval]"' in capsys.readouterr().err
+
+
+def test_every_option_reaches_lm_eval(folder, monkeypatch, capsys):
+    import lm_eval
+
+    seen = {}
+    real = lm_eval.simple_evaluate
+
+    def spy(harness, **options):
+        seen.update(options, bos=harness.add_bos_token, batch=harness.batch_size)
+        return real(harness, **options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", spy)
+    argv = ["eval", str(folder / "checkpoint"), "--tasks", "letters", "--task-dir", str(folder / "tasks")]
+    argv += ["--limit", "4", "--shots", "1", "--batch-size", "2", "--seed", "5", "--bos", "--no-record"]
+    assert cli.main(argv) == 0
+    assert (seen["limit"], seen["num_fewshot"], seen["batch"], seen["bos"]) == (4, 1, 2, True)
+    assert {seen[name] for name in seen if name.endswith("_seed")} == {5}
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["task", "metric", "value", "stderr"] and table[1].split()[:2] == ["letters", "acc"]
+    assert len(table) == 2  # what lm-eval prints while it works goes elsewhere
+
+
+def test_against_float_is_the_recorded_base_model(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder / "checkpoint", tmp_path / "copy")
+    argv = ["eval", str(copy), "--tasks", "letters", "--task-dir", str(folder / "tasks"), "--against", "float"]
+    assert cli.main(argv) == 2
+    assert "does not record its float model" in capsys.readouterr().err
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["recorded"]["base_model"] = "org/base"
+    (copy / "config.json").write_text(json.dumps(config))
+    names = []
+    real = cli.evaluate.load
+
+    def load(name, dtype):
+        names.append(name)
+        return real(str(folder / "float") if name == "org/base" else name, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.evaluate, "load", load)
+        assert cli.main(argv) == 0
+    assert names == [str(copy), "org/base"]
+    recorded = json.loads((copy / "config.json").read_text())["quantization_config"]["recorded"]
+    assert recorded["evaluations"]["tasks:letters"]["against"]["model"] == "org/base"
 
 
 def test_only_checkpoints_take_a_record(folder):

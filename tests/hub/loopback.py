@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -33,6 +34,8 @@ class Repo:
 class Store:
     """``large_from``: bytes from which a file is uploaded as a large one. ``part``: bytes of a part, or None for one.
 
+    ``xet``: address that the xet client is told to store at (``local://FOLDER`` is its own store on disk).
+    ``known``: sha256 of a file -> (its xet hash, its bytes); real servers learn that from the xet store.
     ``fault`` is called with (method, path) of every request; what it returns is the answer: a status, or "die".
     """
 
@@ -44,6 +47,8 @@ class Store:
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens_seen: set[str] = field(default_factory=set)
     fault: object = None
+    xet: str | None = None
+    known: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def paths(self, method: str, pattern: str) -> list[str]:
         return [path for m, path in self.requests if m == method and re.search(pattern, path)]
@@ -162,8 +167,10 @@ class Handler(BaseHTTPRequestHandler):
             import yaml
 
             data = yaml.safe_load(card[1])
-        self._json({"id": name, "modelId": name, "sha": repo.sha, "private": repo.private, "tags": [],
-                    "siblings": siblings, "cardData": data, "downloads": 0, "likes": 0})  # fmt: skip
+        config = json.loads(repo.files.get("config.json", b"{}"))
+        about = {"library_name": "transformers", "config": config, "downloads": 0, "likes": 0}
+        self._json({**about, "id": name, "modelId": name, "sha": repo.sha, "private": repo.private, "tags": [],
+                    "siblings": siblings, "cardData": data})  # fmt: skip
 
     def validate(self):
         import yaml
@@ -242,7 +249,9 @@ class Handler(BaseHTTPRequestHandler):
                 del repo.files[path]
                 continue
             done["changed"].append(path)
-            if item["key"] == "lfsFile":
+            if item["key"] == "lfsFile" and value["oid"] in self.store.known:
+                repo.files[path], repo.large[path] = self.store.known[value["oid"]][1], value["oid"]
+            elif item["key"] == "lfsFile":
                 repo.files[path], repo.large[path] = self.store.objects[value["oid"]], value["oid"]
             else:
                 repo.files[path] = base64.b64decode(value["content"])
@@ -260,7 +269,16 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": repo.sha}
         if path in repo.large:
             headers |= {"X-Linked-ETag": f'"{repo.large[path]}"', "X-Linked-Size": str(len(data))}
+            if repo.large[path] in self.store.known:
+                route = f"{self._endpoint}/api/models/{name}/xet-read-token/main"
+                headers |= {"X-Xet-Hash": self.store.known[repo.large[path]][0], "X-Xet-Refresh-Route": route}
         self._send(data, headers=headers)
+
+    def xet_token(self, name, right):
+        if self._may(right, self.store.repos.get(name)):
+            until = int(time.time()) + 3600
+            told = {"X-Xet-Cas-Url": self.store.xet, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(until)}
+            self._json({"casUrl": self.store.xet, "accessToken": "xet", "exp": until}, headers=told)
 
 
 _NAME = r"([^/]+/[^/]+?)"
@@ -270,6 +288,7 @@ ROUTES = (
     ("POST", f"/api/models/{_NAME}/preupload/([^/]+)", Handler.preupload),
     ("POST", f"/api/models/{_NAME}/commit/([^/]+)", Handler.commit),
     ("GET", f"/api/models/{_NAME}(?:/revision/[^/]+)?", Handler.info),
+    ("GET", f"/api/models/{_NAME}/xet-(read|write)-token/[^/]+", Handler.xet_token),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/verify", Handler.verify),
     ("PUT", "/store/([0-9a-f]{64})", Handler.put),

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_mobilequant import inspect_checkpoint, quantize
+from optimum_mobilequant.hub.base import Base
 from optimum_mobilequant.hub.card import MARKER, build_card, is_own, merge, model_card
 from optimum_mobilequant.hub.facts import read_facts
 from optimum_mobilequant.hub.names import hub_id_of, is_hub_id
@@ -42,7 +43,13 @@ def test_metadata(folder, caplog):
     recorded = read_facts(folder).config.recorded["validation_perplexity"]
     assert results[0]["name"] == "model-w4a8"
     assert results[0]["results"][0]["metrics"] == [
-        {"type": "perplexity", "value": round(recorded["quantized"], 4), "name": "Perplexity"}
+        {
+            "type": "perplexity",
+            "value": pytest.approx(recorded["quantized"], rel=1e-5),
+            "name": "perplexity",
+            "args": {"seed": 0},
+            "verified": False,
+        }
     ]
     assert caplog.text == ""
 
@@ -131,6 +138,85 @@ def test_the_snippet_is_python_with_the_import_first(folder):
     assert "AutoTokenizer" not in model_card(folder, REPO).text
 
 
+TASKS = {
+    "asked": ["mmlu", "lambada"],
+    "scores": {"mmlu": {"acc": 0.25}, "mmlu_law": {"acc": 0.2}, "lambada": {"acc": 0.5, "perplexity": 12.3456789}},
+    "errors": {"lambada": {"acc": 0.0123}},
+    "versions": {"mmlu": 2, "mmlu_law": 1, "lambada": 1.0},
+    "shots": {"mmlu": 5, "mmlu_law": 5, "lambada": 0},
+    "data": {"lambada": {"path": "EleutherAI/lambada_openai", "config": "default", "split": "test"}},
+    "bos": True,
+    "limit": 200,
+    "seed": 3,
+    "packages": {"lm-eval": "0.4.13", "transformers": "5.23.0"},
+    "against": {"model": "org/model", "scores": {"lambada": {"acc": 0.625, "perplexity": 10.0}}, "errors": {}},
+}
+TEXT = {"perplexity": 8.5, "word_perplexity": 20.25, "tokens": 960, "text": "eval.txt", "seq_len": 32, "bos": False}
+
+
+def with_evaluations(folder, **evaluations):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["recorded"]["evaluations"] = evaluations
+    (folder / "config.json").write_text(json.dumps(config))
+    return model_card(folder, REPO)
+
+
+def test_recorded_tasks_stand_beside_the_float_model(folder):
+    text = with_evaluations(folder, **{"tasks:mmlu,lambada": TASKS}).text
+    assert "| task | metric | this checkpoint | org/model | difference |" in text
+    assert "| lambada | acc | 0.5 ± 0.0123 | 0.625 | -0.125 |" in text
+    assert "| lambada | perplexity | 12.3457 | 10 | +2.346 |" in text
+    assert "| mmlu | acc | 0.25 | - | - |" in text and "| mmlu_law |" not in text  # the group stands for its parts
+    assert "the first 200 documents of each task, 0 or 5 examples in the prompt, BOS token added, seed 3" in text
+    assert "versions: lm-eval 0.4.13, transformers 5.23.0, mmlu 2, mmlu_law 1, lambada 1.0." in text
+    assert "No downstream task" not in text and "None were recorded" not in text
+
+
+def test_recorded_texts_have_a_table_too(folder):
+    text = with_evaluations(folder, **{"text:eval.txt": TEXT}).text
+    assert "| text | metric | this checkpoint |\n" in text and "| eval.txt | perplexity | 8.5 |" in text
+    assert "Measured on 960 predictions in windows of 32 tokens, without a BOS token." in text
+    assert "No downstream task was measured." in text
+
+
+def test_the_metadata_hold_every_score_with_its_conditions(folder):
+    card = with_evaluations(folder, **{"tasks:mmlu,lambada": TASKS, "text:eval.txt": TEXT})
+    (model,) = ModelCard(str(card)).data.to_dict()["model-index"]
+    found = {(r["dataset"]["name"], m["name"]): (r, m) for r in model["results"] for m in r["metrics"]}
+    result, metric = found["lambada", "acc"]
+    assert result["task"]["type"] == "text-generation"
+    assert result["dataset"] == {
+        "name": "lambada", "type": "EleutherAI/lambada_openai", "config": "default", "split": "test",
+        "args": {"num_few_shot": 0},
+    }  # fmt: skip
+    assert metric == {
+        "type": "acc", "name": "acc", "value": 0.5, "verified": False,
+        "args": {"version": 1.0, "limit": 200, "seed": 3, "bos": True, "lm-eval": "0.4.13", "transformers": "5.23.0"},
+    }  # fmt: skip
+    assert found["lambada", "perplexity"][1]["value"] == 12.3457
+    assert found["mmlu", "acc"][0]["dataset"]["type"] == "mmlu"
+    assert found["eval.txt", "word_perplexity"][1]["args"] == {"tokens": 960, "seq_len": 32, "bos": False}
+    assert len(found) == 6  # and the validation perplexity of the run
+
+
+def test_records_that_were_edited_by_hand_do_no_harm(folder):
+    broken = {"a": 3, "b": {"scores": {"t": {"acc": "high", "f1": float("nan")}}}, "c": {"perplexity": None}}
+    text = with_evaluations(folder, **broken).text
+    assert "high" not in text and "nan" not in text
+
+
+def test_a_base_without_a_licence_gets_none_and_a_note(folder, caplog):
+    def card(base):
+        return build_card(read_facts(folder), REPO, base=base, license=None, exports=[])
+
+    text = card(Base("org/base", described=True)).text
+    assert "The float model's card names no licence, so none is stated here: ask its authors" in text
+    assert "org/base has no licence tag on the Hub, so the card names none: give --license" in caplog.text
+    assert card(Base("org/base")).data.license is None  # the Hub said nothing
+    assert "The licence is not stated here: see the float model's." in card(Base("org/base")).text
+    assert card(Base("org/base", license="mit", described=True)).data.license == "mit"
+
+
 def test_exports_in_the_folder_are_listed(folder):
     (folder / "qnn").mkdir()
     record = folder / "qnn" / "export.json"
@@ -138,7 +224,7 @@ def test_exports_in_the_folder_are_listed(folder):
     assert "| `qnn/` | qnn |" in (text := model_card(folder, REPO).text)
     assert r"with a tool \| on one text |" in text
     record.write_text(json.dumps({"target": "qnn", "summary": {}}))
-    assert "| no check recorded |" in model_card(folder, REPO).text
+    assert "| not checked |" in model_card(folder, REPO).text
     record.write_text('{"target": ')
     with pytest.raises(ValueError, match="export.json is damaged .*: export again"):
         model_card(folder, REPO)
