@@ -32,8 +32,8 @@ class TaskScores:
         errors: the same for standard errors, where lm-eval gives one.
         versions: of the tasks. shots: examples in the prompt, by task.
         data: by task, ``path``, ``config`` and ``split`` on the Hub; of local files the split alone.
-        bos: whether a beginning-of-sequence token was added; "auto" left it to lm-eval and the tokenizer.
-        limit: documents of each task, or None for all. seed: of few-shot sampling.
+        bos: whether a beginning-of-sequence token was asked for; "auto" left it to lm-eval and the tokenizer.
+        bos_added: whether there was one. limit: documents of each task, or None for all. seed: of few-shot sampling.
         packages: versions of lm-eval and transformers.
     """
 
@@ -44,6 +44,7 @@ class TaskScores:
     shots: Mapping[str, int]
     data: Mapping[str, Mapping[str, str]]
     bos: bool | str
+    bos_added: bool
     limit: int | None
     seed: int
     packages: Mapping[str, str]
@@ -152,7 +153,8 @@ def evaluate_tasks(
         )  # fmt: skip
     if found is None:
         raise RuntimeError("lm-eval returned no result: it runs on the first process only")
-    return _scores(found, loaded.names, "auto" if bos is None else bos, limit, seed)
+    added = harness.tok_encode("a")[:1] == [tokenizer.bos_token_id]
+    return _scores(found, loaded.names, "auto" if bos is None else bos, added, limit, seed)
 
 
 def _is_connection(error: BaseException) -> bool:
@@ -172,7 +174,7 @@ def _offline() -> bool:
 
 
 def _scores(
-    found: Mapping[str, Any], asked: tuple[str, ...], bos: bool | str, limit: int | None, seed: int
+    found: Mapping[str, Any], asked: tuple[str, ...], bos: bool | str, added: bool, limit: int | None, seed: int
 ) -> TaskScores:
     scores: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -191,6 +193,7 @@ def _scores(
         {task: int(found.get("n-shot", {}).get(task, 0)) for task in scores},
         {task: _data(found.get("configs", {}).get(task, {})) for task in scores},
         bos,
+        added,
         limit,
         seed,
         {"lm-eval": version("lm-eval"), "transformers": version("transformers")},

@@ -118,7 +118,9 @@ def _protocol(values: Mapping[str, Any]) -> str:
     if "scores" not in values:
         bos = "each behind the BOS token" if values.get("bos") else "without a BOS token"
         return f"{values.get('tokens')} predictions in windows of {values.get('seq_len')} tokens, {bos}"
-    bos = {True: "BOS token added", False: "no BOS token"}.get(values.get("bos"), "BOS token as the tokenizer has it")  # type: ignore[arg-type]
+    bos = {True: "BOS token added", False: "no BOS token"}.get(values.get("bos_added"), "BOS token not recorded")  # type: ignore[arg-type]
+    if values.get("bos") == "auto":
+        bos += " (as the tokenizer has it)"
     limit = "all documents" if values.get("limit") is None else f"the first {values['limit']} documents of each task"
     shots = sorted({int(n) for n in _mapping(values, "shots").values()})
     parts = [limit, f"{' or '.join(map(str, shots)) or 0} examples in the prompt", bos, f"seed {values.get('seed')}"]

@@ -88,6 +88,9 @@ def test_accuracy_is_that_of_a_computation_by_hand(folder, which):
     assert found.packages["lm-eval"] and found.shots == {"letters": 0}
     assert found.asked == ("letters",) and found.data == {"letters": {"split": "test"}}  # no path of this machine
     assert found.errors["letters"]["acc"] == pytest.approx((2 / 9 / 5) ** 0.5)  # of a mean of 6 documents
+    assert found.bos_added is False
+    with_bos = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", bos=True)
+    assert with_bos.bos is True and with_bos.bos_added is True
     one = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", limit=1)
     assert one.scores["letters"]["acc"] in (0.0, 1.0) and one.bos == "auto"
 
@@ -193,6 +196,18 @@ def test_against_float_is_the_recorded_base_model(folder, tmp_path, capsys):
 def test_only_checkpoints_take_a_record(folder):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         record_evaluation(folder / "float", "x", {})
+
+
+def test_the_string_form_of_lm_eval_gives_the_same_once_the_package_is_imported(folder):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    arguments = {"task_manager": manager, "bootstrap_iters": 0, "device": "cpu"}
+    found = lm_eval.simple_evaluate("hf", f"pretrained={folder / 'checkpoint'}", tasks=["letters"], **arguments)
+    model, tokenizer = cli.common.load(str(folder / "checkpoint"), dtype="auto")
+    scores = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks").scores
+    assert found["results"]["letters"]["acc,none"] == scores["letters"]["acc"]
 
 
 def test_the_harness_command_loads_a_checkpoint(folder):

@@ -146,6 +146,7 @@ TASKS = {
     "shots": {"mmlu": 5, "mmlu_law": 5, "lambada": 0},
     "data": {"lambada": {"path": "EleutherAI/lambada_openai", "config": "default", "split": "test"}},
     "bos": True,
+    "bos_added": True,
     "limit": 200,
     "seed": 3,
     "packages": {"lm-eval": "0.4.13", "transformers": "5.23.0"},
