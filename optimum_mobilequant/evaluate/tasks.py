@@ -160,9 +160,12 @@ def evaluate_tasks(
 def _is_connection(error: BaseException) -> bool:
     """Whether data that are not on this machine are the reason."""
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    return isinstance(error, (ConnectionError, DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled))
+    from ..hub.errors import HTTP_ERROR
+
+    kinds = (ConnectionError, DatasetNotFoundError, HTTP_ERROR, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return isinstance(error, kinds)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,8 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 # HfHubHTTPError derives from the HTTP library's own base class, which is another library in other versions of the
 # client; the uploads of large files wrap either in a RuntimeError.
-_HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-TRANSPORT_ERRORS = (_HTTP_ERROR, OSError, RuntimeError)
+HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+TRANSPORT_ERRORS = (HTTP_ERROR, OSError, RuntimeError)
 
 # The xet client's errors are plain OSErrors (without errno); the Hub's refusal to let it write is in their text.
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})[^)]*\), domain: \S*/xet-write-token/")
@@ -40,10 +40,10 @@ def explain(error: BaseException, repo_id: str, token: str) -> Exception:
     Args:
         error: from ``huggingface_hub``. repo_id: where the upload goes. token: is cut out of every text.
     """
-    if isinstance(error, ValueError) and not isinstance(error, _HTTP_ERROR):  # metadata, or an object of a batch
+    if isinstance(error, ValueError) and not isinstance(error, HTTP_ERROR):  # metadata, or an object of a batch
         return ValueError(f"the Hub refused the upload to {repo_id}: {without_token(str(error), token)}")
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (_HTTP_ERROR, OfflineModeIsEnabled)):
+    while cause is not None and not isinstance(cause, (HTTP_ERROR, OfflineModeIsEnabled)):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OfflineModeIsEnabled):
         return ConnectionError("HF_HUB_OFFLINE forbids the upload: unset it and push again")

@@ -21,6 +21,8 @@ def xet(saved, hub, store, monkeypatch, tmp_path):
     """The folder of the blocks."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")  # by default it waits for minutes
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
     weights = saved[0] / "model.safetensors"
     (about,) = hf_xet.hash_files([str(weights)])
     store.known[hashlib.sha256(weights.read_bytes()).hexdigest()] = (about.hash, weights.read_bytes())
