@@ -85,9 +85,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
         raise FileNotFoundError(f"no folder with task YAMLs at {str(folder)!r}: see the template in the documentation")
     if not names:
         raise ValueError("no task is named: give at least one")
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = _manager(names, folder)
     for name in names:
         if name not in manager.all_tasks:
             near = unknown_name("task", name, manager.all_tasks).partition(" known:")[0]
@@ -107,6 +105,17 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
         groups = found["groups"]
         items += [groups[name]] if name in groups else found["tasks"].values()
     return LoadedTasks(tuple(names), manager, tuple(items))
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return TaskManager()
+    local = TaskManager(include_path=str(folder), include_defaults=False)
+    if set(names) <= set(local.all_subtasks):  # reading the thousands of files that lm-eval brings takes seconds
+        return local
+    return TaskManager(include_path=str(folder))
 
 
 def evaluate_tasks(
