@@ -133,14 +133,14 @@ def _print(found: dict[str, Any]) -> None:
             print(f"{key.replace('_', ' '):<18}{_shown(found[key])}{other}")
     if "tasks" not in found:
         return
-    print(f"{'task':<28}{'metric':<20}{'value':>12}{'stderr':>10}" + (f"{'against':>12}" if against else ""))
+    print(f"{'task':<27} {'metric':<19} {'value':>12}{'stderr':>13}" + (f"{'against':>13}" if against else ""))
     for task, metrics in found["tasks"]["scores"].items():
         for metric, value in metrics.items():
             error = found["tasks"]["errors"].get(task, {}).get(metric)
             other = against.get("tasks", {}).get("scores", {}).get(task, {}).get(metric)
             print(
-                f"{task:<28}{metric:<20}{_shown(value):>12}{'-' if error is None else _shown(error):>10}"
-                + ("" if other is None else f"{_shown(other):>12}")
+                f"{task:<27} {metric:<19} {_shown(value):>12}{'-' if error is None else _shown(error):>13}"
+                + ("" if other is None else f"{_shown(other):>13}")
             )
 
 
