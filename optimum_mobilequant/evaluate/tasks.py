@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -141,11 +142,14 @@ def evaluate_tasks(
 
     Raises:
         ImportError, FileNotFoundError, ValueError, ConnectionError: see :func:`load_tasks`.
+        ValueError: BOS is asked of a tokenizer that has none.
     """
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, folder)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    if bos:
+        tokenizer = _with_bos(tokenizer)
     # HFLM insists on a device of its own for a model it is given only where it moves inputs
     harness = HFLM(
         pretrained=model,
@@ -164,6 +168,24 @@ def evaluate_tasks(
         raise RuntimeError("lm-eval returned no result: it runs on the first process only")
     added = harness.tok_encode("a")[:1] == [tokenizer.bos_token_id]
     return _scores(found, loaded.names, "auto" if bos is None else bos, added, limit, seed)
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """One that adds its BOS token: lm-eval only asks for special tokens, which of many tokenizers BOS is none."""
+    if tokenizer.bos_token_id is None:
+        raise ValueError("the tokenizer has no BOS token to begin with: leave the BOS policy to it, or switch BOS off")
+    if _adds_bos(tokenizer):
+        return tokenizer
+    changed: Any = copy.deepcopy(tokenizer)
+    changed.add_bos_token = True
+    if not _adds_bos(changed):
+        raise ValueError("this tokenizer does not add its BOS token, and cannot be told to: give one that does")
+    return changed
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids: Any = tokenizer("a")["input_ids"]
+    return list(ids[:1]) == [tokenizer.bos_token_id]
 
 
 def _is_connection(error: BaseException) -> bool:

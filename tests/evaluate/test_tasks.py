@@ -89,10 +89,14 @@ def test_accuracy_is_that_of_a_computation_by_hand(folder, which):
     assert found.asked == ("letters",) and found.data == {"letters": {"split": "test"}}  # no path of this machine
     assert found.errors["letters"]["acc"] == pytest.approx((2 / 9 / 5) ** 0.5)  # of a mean of 6 documents
     assert found.bos_added is False
-    with_bos = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", bos=True)
-    assert with_bos.bos is True and with_bos.bos_added is True
     one = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", limit=1)
     assert one.scores["letters"]["acc"] in (0.0, 1.0) and one.bos == "auto"
+    with_bos = evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", bos=True)
+    assert with_bos.bos is True and with_bos.bos_added is True
+    assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id  # the caller's own is left alone
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="has no BOS token to begin with"):
+        evaluate_tasks(model, tokenizer, ["letters"], folder=folder / "tasks", bos=True)
 
 
 def test_the_command_compares_and_records(folder, capsys):
