@@ -94,7 +94,8 @@ def test_saved_again_after_generating_it_is_the_same_checkpoint(out, tmp_path):
     model.save_pretrained(tmp_path / "again")
     for name in ("model.safetensors", "generation_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
-    assert AutoConfig.from_pretrained(tmp_path / "again").to_dict() == AutoConfig.from_pretrained(out).to_dict()
+    configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / "again", out)]
+    assert len({config.pop("_name_or_path") for config in configs}) == 2 and configs[0] == configs[1]
 
 
 def test_configs_and_tokenizers_load_by_themselves(base, out):
@@ -129,7 +130,8 @@ def test_accelerate_estimates_the_float_model(saved_on_hub):
     sizes = {row[0]: row[2] for row in gather_data(arguments)}
     parameters = inspect_checkpoint(folder).totals["parameters"]
     head = tiny.VOCAB * 32  # accelerate builds AutoModel, which has none
-    assert sizes["float32"] == 4 * (parameters - head) and sizes["int4"] == sizes["float32"] / 8
+    assert sizes["float32"] == pytest.approx(4 * (parameters - head), rel=1e-3)  # and some rotary frequencies
+    assert sizes["int8"] == sizes["float32"] / 4 and sizes["int4"] == sizes["float32"] / 8
 
 
 @pytest.fixture
