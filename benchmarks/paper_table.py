@@ -90,13 +90,13 @@ PERPLEXITY = (
     Row("W8A8 OmniQuant-Edge", "--preset w8a8-paper --recipe omniquant-edge", BLOCKS, ("16.3", "30.9", "23.4")),
     Row("W8A8 OmniQuant-Edge, learned ranges", "--preset w8a8-paper --recipe omniquant-edge --set learn_ranges=true",
         BLOCKS, ("15.9", "30.5", "22.8")),
-    Row("W8A8 MobileQuant", "--preset w8a8-paper", WHOLE, ("15.5", "29.7", "20.3")),
+    Row("W8A8 MobileQuant", "--preset w8a8-paper --recipe mobilequant", WHOLE, ("15.5", "29.7", "20.3")),
     Row("W4A8 OmniQuant-Static", "--preset w4a8-asym --recipe omniquant-static", BLOCKS, ("416.3", "258.5", "> 1000")),
     Row("W4A8 OmniQuant-Edge", "--preset w4a8-asym --recipe omniquant-edge", BLOCKS, ("18.8", "36.0", "23.9")),
     Row("W4A8 OmniQuant-Edge, learned ranges", "--preset w4a8-asym --recipe omniquant-edge --set learn_ranges=true",
         BLOCKS, ("18.3", "35.4", "23.0")),
-    Row("W4A8 MobileQuant, asymmetric", "--preset w4a8-asym", WHOLE, ("17.1", "33.6", "21.4")),
-    Row("W4A8 MobileQuant, symmetric", "--preset w4a8", WHOLE, ("17.5", "36.4", "24.7")),
+    Row("W4A8 MobileQuant, asymmetric", "--preset w4a8-asym --recipe mobilequant", WHOLE, ("17.1", "33.6", "21.4")),
+    Row("W4A8 MobileQuant, symmetric", "--preset w4a8 --recipe mobilequant", WHOLE, ("17.5", "36.4", "24.7")),
     Row("W8A8 `best`, ours", "--preset w8a8 --recipe best", f"{WHOLE} --set rounding_steps=15360"),
     Row("W4A8 `best`, ours", "--preset w4a8 --recipe best", f"{WHOLE} --set rounding_steps=15360"),
 )  # fmt: skip
@@ -112,7 +112,7 @@ BUDGETS = tuple(
         f"--set samples={samples} --set steps={samples * passes}", tuple(pair.split(" / ")[part] for pair in numbers))
     for (samples, passes), numbers in _BUDGETS.items()
     for part, (name, options) in enumerate(
-        (("block-wise", " --recipe omniquant-edge --set learn_ranges=true"), ("end-to-end", "")))
+        (("block-wise", " --recipe omniquant-edge --set learn_ranges=true"), ("end-to-end", " --recipe mobilequant")))
 )  # fmt: skip
 _DOWNSTREAM = {
     "FP16": ("33 / 60 / 25", "39 / 65 / 32", "23 / 42 / 28"),
