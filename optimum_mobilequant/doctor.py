@@ -8,9 +8,12 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .machine import cpu_flags, cpu_name, usable_cores
 
 # The ranges of pyproject.toml, which a package run from its source folder cannot read; a test compares the two.
 PYTHON = ">=3.10"
@@ -51,9 +54,16 @@ EXTRAS = {
         "scipy",
     ),
 }
-# Instruction sets that decide how fast int8 and bfloat16 run on a CPU (x86 names, then ARM names).
-_X86_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-_CPU_FLAGS = (*_X86_FLAGS, "asimd", "asimddp", "i8mm", "sve")
+# Variables that change what the package does; none of them holds a secret.
+_VARIABLES = (
+    "MOBILEQUANT_BACKEND",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "TRANSFORMERS_VERBOSITY",
+    "TRANSFORMERS_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "CXX",
+)
 _GIB = 2**30
 
 
@@ -62,9 +72,10 @@ def report() -> dict[str, Any]:
 
     Returns:
         Plain JSON data. ``requirements`` and ``extras`` compare installed versions with the supported ranges,
-        ``devices``, ``threads``, ``memory`` (bytes) and ``disk`` (bytes) describe the machine, ``works`` says for
-        each use whether it will work and, if not, what to do. ``ok`` is true if quantizing and evaluating work.
-        A package that fails to import is reported, not raised.
+        ``devices``, ``threads``, ``memory`` (bytes) and ``disk`` (bytes) describe the machine, ``caches`` the folders
+        that fill up, ``backends`` which kernels can be used here and why others cannot, ``environment`` the variables
+        that change what is done; ``works`` says for each use whether it will work and, if not, what to do.
+        ``ok`` is true if quantizing and evaluating work. A package that fails to import is reported, not raised.
     """
     python_version = platform.python_version()
     requirements = [_requirement(name, needs) for name, needs in REQUIREMENTS.items()]
@@ -84,6 +95,9 @@ def report() -> dict[str, Any]:
         "requirements": requirements,
         "extras": [_extra(name, packages) for name, packages in EXTRAS.items()],
         **_machine(),
+        "caches": [_cache(what, folder) for what, folder in _caches().items()],
+        "backends": _backends(),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "registered": registration_error is None,
         "works": [
             {"what": "quantize", **core},
@@ -96,7 +110,7 @@ def report() -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The result of :func:`report` as text for a terminal or a bug report."""
-    cpu, memory, disk = found["devices"]["cpu"], found["memory"], found["disk"]
+    cpu, memory, disk, backends = found["devices"]["cpu"], found["memory"], found["disk"], found["backends"]
     lines = [
         _row("optimum-mobilequant", found["package"]["version"] or "not installed with pip", None),
         _row("", found["package"]["location"], None),
@@ -112,7 +126,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(_row(f"  {extra['extra']}", versions, None, extra["install"] or ""))
     lines += [
         "",
-        _row("cpu", f"{cpu['cores']} cores, {cpu['usable_cores']} usable", None, " ".join(cpu["flags"])),
+        _row("cpu", f"{cpu['cores']} cores, {cpu['usable_cores']} usable", None, cpu["name"]),
+        _row("", " ".join(cpu["flags"]) or "no flags known", None),
         *(
             _row(f"cuda:{gpu['index']}", gpu["name"], None, f"{gpu['memory_bytes'] / _GIB:.1f} GiB, {gpu['arch']}")
             for gpu in found["devices"]["cuda"]
@@ -122,7 +137,13 @@ def table(found: dict[str, Any]) -> str:
         _row("threads", f"torch {found['threads']['torch']}", None, f"OMP_NUM_THREADS={found['threads']['omp']}"),
         _row("memory", f"{memory['available'] / _GIB:.1f} of {memory['total'] / _GIB:.1f} GiB free", None),
         _row("disk", f"{disk['free'] / _GIB:.1f} GiB free", None, disk["folder"]),
+        *(_row(f"  {row['what']}", _free(row), None, row["folder"]) for row in found["caches"]),
         "",
+        "backends",
+        *(_row(f"  {row['name']}", "usable" if row["ok"] else "not here", None, row["detail"]) for row in backends),
+        "",
+        *(_row(name, value, None) for name, value in found["environment"].items()),
+        *([""] if found["environment"] else []),
         _row("registered", "with transformers" if found["registered"] else "not with transformers", None),
         *(_row(row["what"], "works" if row["ok"] else "does not work", None, row["detail"]) for row in found["works"]),
         _row("hub", found["hub"], None),
@@ -205,10 +226,14 @@ def _machine() -> dict[str, Any]:
             card = torch.cuda.get_device_properties(index)
             arch = f"sm_{card.major}{card.minor}"
             cuda.append({"index": index, "name": card.name, "memory_bytes": card.total_memory, "arch": arch})
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "devices": {
-            "cpu": {"cores": os.cpu_count(), "usable_cores": usable, "flags": _cpu_flags()},
+            "cpu": {
+                "name": cpu_name(),
+                "cores": os.cpu_count(),
+                "usable_cores": usable_cores(),
+                "flags": cpu_flags(),
+            },
             "cuda": cuda,
             "mps": mps,
         },
@@ -218,20 +243,52 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _backends() -> list[dict[str, Any]]:
+    """Which kernels can be used here; nothing is compiled for the answer."""
+    try:
+        registry = importlib.import_module("optimum_mobilequant.kernels.registry")
+        build = importlib.import_module("optimum_mobilequant.kernels.cpp.build")
+    except Exception as error:  # reported as that, beside the reason in _registration_error
+        return [{"name": "all", "ok": False, "detail": f"{type(error).__name__}: {error}"}]
+    found = []
+    for name in registry.BACKENDS:
+        detail = ""
+        if name == "cpp" and sys.platform != "win32" and not build.library_file().is_file():
+            try:
+                reason, detail = None, f"not compiled yet; {build.find_compiler()} will, on first use"
+            except build.BuildError as error:
+                reason = str(error)
+        else:
+            reason = registry.BACKENDS[name].available()
+        found.append({"name": name, "ok": reason is None, "detail": reason or detail})
+    return found
+
+
+def _caches() -> dict[str, Path]:
+    """Folders that this package and the libraries below it fill."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = {"hub cache": Path(HF_HUB_CACHE)}
+    with suppress(Exception):  # torch is broken, which is reported elsewhere
+        folders["kernel cache"] = importlib.import_module("optimum_mobilequant.kernels.cpp.build").cache_folder()
+    return folders
+
+
+def _cache(what: str, folder: Path) -> dict[str, Any]:
+    """Where it is (``~`` for the home folder), what is free on its disk, and whether it can be written."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    home = Path.home()
+    shown = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+    free = shutil.disk_usage(there).free
+    return {"what": what, "folder": shown, "free": free, "writable": os.access(there, os.W_OK)}
+
+
+def _free(cache: dict[str, Any]) -> str:
+    return f"{cache['free'] / _GIB:.1f} GiB free" if cache["writable"] else "CANNOT BE WRITTEN"
+
+
 def _memory() -> dict[str, int]:
     import psutil
 
     found = psutil.virtual_memory()
     return {"total": found.total, "available": found.available}
-
-
-def _cpu_flags(source: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The flags of ``_CPU_FLAGS`` that the CPU has; empty where the system has no such file (macOS, Windows)."""
-    if not source.is_file():
-        return []
-    for line in source.read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            present = set(value.split())
-            return [flag for flag in _CPU_FLAGS if flag in present]
-    return []

@@ -24,16 +24,18 @@ from .calibrate import FoundPrefix
 from .calibrate.prefix import most_tokens
 from .config import MobileQuantConfig
 from .data import CalibrationData
+from .duration import in_words, remaining_work, seconds_of_a_pass
 from .evaluate.perplexity import exp_or_inf
 from .families import family_of, geometry_of
 from .hub.names import hub_id_of
 from .log import get_logger
+from .machine import cpu_name
 from .nn.prefix import logits_behind
 from .overlap import passages_of
 from .plan import Plan, build_plan
 from .resources import available_memory, checkpoints, memory_estimate, peak_memory, shortage
 from .run_data import RunData, peek, run_data, tokenizer_of
-from .run_dir import RunDirectory, fingerprint_of, weights_digest
+from .run_dir import STAGES, RunDirectory, fingerprint_of, weights_digest
 from .settings import Settings
 from .teachers import FLOAT, Teacher, load_teachers
 from .transform import refuse_unmergeable
@@ -89,11 +91,26 @@ class Prepared:
         others = [p for teacher in self.teachers if teacher.model is not None for p in teacher.model.parameters()]
         estimate = memory_estimate(self.plan, self.settings) + 4 * sum(p.numel() for p in others)
         self.recorded["memory_estimate_bytes"] = estimate
-        logger.info(f"about {estimate / 2**30:.2f} GiB of memory will be used; {self.data.description}")
         present = 4 * sum(p.numel() for p in chain(self.model.parameters(), others))
-        if lacking := shortage(self.plan, self.settings, estimate - present, available_memory(self.model.device)):
+        lacking = shortage(self.plan, self.settings, estimate - present, available_memory(self.model.device))
+        if lacking:
             logger.warning(lacking)
+        minutes = self._minutes()
+        self.recorded["minutes_estimate"] = round(minutes, 3)
+        logger.info(
+            f"this run takes {in_words(minutes)} (by one timed forward pass) and about {estimate / 2**30:.2f} GiB of "
+            f"memory; {self.data.description}"
+        )
         return self
+
+    def _minutes(self) -> float:
+        """What is left to do, in minutes; text that the model writes is written already."""
+        finished = {stage for stage in STAGES if self.run.finished(stage)}
+        if "pack" in finished:
+            return 0.0
+        passes = remaining_work(self.plan, self.settings, len(self.data.validation), finished)
+        probe = self.data.validation[:1].to(self.config.device or self._device)
+        return passes * seconds_of_a_pass(self.model, probe) / 60
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._move(self._device, torch.float32)
@@ -190,6 +207,7 @@ class Prepared:
         peak = peak_memory(self.config.device or self._device)
         self.recorded |= {
             "versions": versions(),
+            "machine": machine(self.config.device or self._device),
             "base_model": hub_id_of(getattr(self.model.config, "_name_or_path", None)),
             "data": self.data.description,
             "data_sha256": self.data.sha256,
@@ -353,6 +371,14 @@ def nll(model: nn.Module, ids: Tensor, batch_size: int, prefix: Sequence[int] = 
         logits = logits_behind(model, prefix, batch.to(device))[:, :-1].float()
         total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(device), reduction="sum"))
     return total / ids[:, 1:].numel()
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """What a result's minutes and last bits depend on."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name()
+    system = f"{platform.system()} {platform.machine()}"
+    return {"system": system, "device": f"{kind}, {name}", "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:

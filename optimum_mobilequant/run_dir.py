@@ -45,7 +45,7 @@ STAGES = {
     "finetune": 38,
     "pack": 40,
 }
-_FINGERPRINT = "fingerprint.json"
+FINGERPRINT = "fingerprint.json"
 _FORMAT_VERSION = "1"
 # Settings that say where things are, or what came out, and not what is computed. The data has a hash of its own.
 _NOT_COMPUTED_FROM = {
@@ -188,7 +188,7 @@ class RunDirectory:
         except OSError as error:
             raise OSError(f"run_dir {folder} cannot be created ({error.strerror}); name another folder") from error
         new = json.loads(json.dumps(fingerprint))
-        file = folder / _FINGERPRINT
+        file = folder / FINGERPRINT
         if file.exists():
             try:
                 old = json.loads(file.read_text(encoding="utf-8"))
@@ -200,7 +200,7 @@ class RunDirectory:
                     "Use another run_dir, or delete this one to start over"
                 )
         elif stray := next(folder.glob("[0-9][0-9]_*.safetensors"), None):
-            raise ValueError(f"{stray} has no {_FINGERPRINT} beside it, so its origin is unknown; use another run_dir")
+            raise ValueError(f"{stray} has no {FINGERPRINT} beside it, so its origin is unknown; use another run_dir")
         # Rewritten even if unchanged: it proves, before any long work, that the folder can be written to.
         _write(file, lambda target: target.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8"))
         return cls(folder)
@@ -223,6 +223,10 @@ class RunDirectory:
         if self.path is not None:
             _write_tensors(self._file(stage), stage, tensors, meta)
             self._file(stage, ".progress").unlink(missing_ok=True)
+
+    def finished(self, stage: str) -> bool:
+        """Whether :meth:`load` would find something."""
+        return self.path is not None and self._file(stage).is_file()
 
     def load(self, stage: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors (on the CPU) and metadata of a finished stage; None if it is not finished.

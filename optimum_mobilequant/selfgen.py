@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from .log import progress_bar
 from .sources import SELF
 
 if TYPE_CHECKING:
@@ -100,8 +99,7 @@ def write_sequences(
     rows: list[Tensor] = [] if kept is None else [kept[0]["ids"]]
     first = 0 if kept is None else int(kept[1]["batches"])
     total = -(-count // batch_size)
-    bar = tqdm(range(first, total), desc="write text", initial=first, total=total,
-               disable=not logging.is_progress_bar_enabled())  # fmt: skip
+    bar = progress_bar(range(first, total), "write text", total=total, initial=first, unit="batch", leave=True)
     for batch in bar:
         size = min(batch_size, count - batch * batch_size)
         writer = _Writer(model, size, seed * 1_000_003 + batch, bos, set(ends), set(never))

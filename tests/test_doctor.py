@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from optimum_mobilequant import doctor
+from optimum_mobilequant.kernels.registry import BACKENDS
+from optimum_mobilequant.machine import cpu_flags, cpu_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -38,7 +40,8 @@ def test_registered_says_what_transformers_knows(found):
 
 def test_table_shows_every_row(found):
     text = doctor.table(found)
-    names = [*doctor.REQUIREMENTS, *doctor.EXTRAS, "python", "platform", "cpu", "memory", "disk", "registered", "hub"]
+    names = [*doctor.REQUIREMENTS, *doctor.EXTRAS, *BACKENDS, "python", "platform", "cpu", "memory", "disk"]
+    names += ["backends", "registered", "hub"]
     first_words = [line.split()[0] for line in text.splitlines() if line.strip()]
     assert set(names) <= set(first_words)
     assert all(line == line.rstrip() for line in text.splitlines())
@@ -122,7 +125,37 @@ def test_table_of_a_machine_with_a_gpu(found):
 def test_cpu_flags_of_both_families(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_text("processor\t: 0\nmodel name\t: X\nflags\t\t: fpu sse avx512_vnni avx2\n")
-    assert doctor._cpu_flags(path) == ["avx2", "avx512_vnni"]
+    assert cpu_flags(path) == ["avx2", "avx512_vnni"]
+    assert cpu_name(path) == "X"
     path.write_text("processor\t: 0\nFeatures\t: fp asimd i8mm asimddp\n")
-    assert doctor._cpu_flags(path) == ["asimd", "asimddp", "i8mm"]
-    assert doctor._cpu_flags(tmp_path / "none") == []
+    assert cpu_flags(path) == ["asimd", "asimddp", "i8mm"]
+    assert cpu_flags(tmp_path / "none") == []
+
+
+def test_every_backend_is_usable_or_says_why_not(found):
+    assert [row["name"] for row in found["backends"]] == list(BACKENDS)
+    for row in found["backends"]:
+        assert row["ok"] or len(row["detail"]) > 5, row
+    assert {row["name"] for row in found["backends"] if row["ok"]} >= {"simulate", "reference"}
+
+
+def test_the_doctor_compiles_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kernels"))
+    (row,) = [row for row in doctor._backends() if row["name"] == "cpp"]
+    assert "on first use" in row["detail"] if row["ok"] else row["detail"]
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_caches_are_named_without_the_users_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.Path, "home", lambda: tmp_path)
+    row = doctor._cache("kernel cache", tmp_path / ".cache" / "kernels")
+    assert row["folder"] == "~/.cache/kernels" and row["free"] > 0 and row["writable"]
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert doctor._free(doctor._cache("kernel cache", tmp_path)) == "CANNOT BE WRITTEN"
+
+
+def test_only_variables_without_secrets_are_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MOBILEQUANT_BACKEND", "simulate")
+    found = doctor.report()
+    assert found["environment"]["MOBILEQUANT_BACKEND"] == "simulate" and "hf_secret" not in json.dumps(found)

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
-from ..log import get_logger
+from ..log import get_logger, progress_bar
 from ..plan import build_plan
 from .budget import Unit, limit_of, parse_budget, units_of
 from .sensitivity import MEASURES
@@ -133,9 +131,7 @@ def _measure(job: Prepared, name: str, units: Sequence[Unit], choices: Sequence[
     done, losses = 0, torch.zeros(len(units), len(choices), dtype=torch.float64)
     if (progress := job.run.load_progress("allocate")) is not None:
         done, losses = progress[1]["done"], progress[0]["losses"]
-    bar = tqdm(
-        range(done, len(sequences), size), desc=f"sensitivity ({name})", disable=not logging.is_progress_bar_enabled()
-    )
+    bar = progress_bar(range(done, len(sequences), size), f"sensitivity ({name})", unit="batch", leave=True)
     for first in bar:
         losses = losses + losses_of(sequences[first : first + size], first)
         job.run.save_progress("allocate", {"losses": losses}, {"done": first + size})

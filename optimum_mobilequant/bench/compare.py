@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from ..log import progress_bar
 from ..registration import METHOD
 from ..resources import peak_memory, reset_peak_memory
 from .peers import PEERS, Subject, check_installed, load
@@ -102,7 +101,7 @@ def compare_speed(
         with tempfile.TemporaryDirectory(prefix="mobilequant-bench-") as scratch:
             subject = Subject(folder, bits, Path(scratch), prompt, tokens, threads or before)
             runners: dict[str, Runner] = {OURS: TransformersRunner(load(folder))}
-            for name in tqdm(against, desc="load", leave=False, disable=not logging.is_progress_bar_enabled()):
+            for name in progress_bar(against, "load"):
                 runners[name] = PEERS[name].make(subject)
             speeds = _measure(runners, _vocabulary(folder), subject, repeat, seed)
     finally:
@@ -125,7 +124,7 @@ def _measure(
 ) -> dict[str, Speed]:
     speeds = {name: Speed(runner.weight_bytes) for name, runner in runners.items()}
     generator, shuffle = torch.Generator().manual_seed(seed), random.Random(seed)
-    bar = tqdm(range(repeat + 1), desc="measure", leave=False, disable=not logging.is_progress_bar_enabled())
+    bar = progress_bar(range(repeat + 1), "measure")
     for turn in bar:
         ids = torch.randint(vocabulary, (subject.prompt,), generator=generator)
         for name in shuffle.sample(list(runners), len(runners)):

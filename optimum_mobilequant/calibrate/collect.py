@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from ..log import progress_bar
 from ..nn import Mode, quantizers_of, set_mode
 from ..plan import ActivationSpec
 
@@ -104,7 +103,7 @@ def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: st
     set_mode(student, Mode.OBSERVE)
     device = next(student.buffers()).device
     try:
-        for batch in tqdm(batches, desc=description, disable=not logging.is_progress_bar_enabled(), leave=False):
+        for batch in progress_bar(batches, description, unit="batch"):
             student(input_ids=batch.to(device), use_cache=False)
             for name, observer in observers.items():
                 if not (torch.isfinite(observer.low) and torch.isfinite(observer.high)):

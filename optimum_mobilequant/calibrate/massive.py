@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..log import progress_bar
 from ..nn.prefix import prepend
 from ..plan import Plan
 
@@ -71,7 +72,7 @@ def find_outliers(
         hooks.append(model.get_submodule(layer).register_forward_hook(returns(layer)))
     device, total = next(model.parameters()).device, 0.0
     try:
-        for batch in ids.split(batch_size):
+        for batch in progress_bar(ids.split(batch_size), "massive tokens", unit="batch"):
             batch = batch.to(device)
             logits = model(input_ids=prepend(batch, prefix), use_cache=False).logits[:, skip:-1].float()
             total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
 # As a module: nn may be half imported when loading transformers brings us here, see registration.py.
 from .. import nn as quantized_nn
-from ..log import get_logger
+from ..log import get_logger, progress_bar
 from ..nn import QWeight, quantizers_of
 from ..nn.formats import FormatWeight, TunableFormat
 from ..nn.prefix import PackedPrefix, TunablePrefix
@@ -94,7 +92,7 @@ def pack(student: nn.Module, plan: Plan) -> Packed:
     """
     packed = Packed({}, {}, {q.spec.name: (q.scale.clone(), q.zero_point.clone()) for q in quantizers_of(student)})
     modules = dict(student.named_modules())
-    bar = tqdm(plan.weights, desc="pack", leave=False, disable=not logging.is_progress_bar_enabled())
+    bar = progress_bar(plan.weights, "pack", unit="tensor")
     for path in bar:
         module = modules[path]
         if isinstance(module.weight, TunableFormat):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,12 +72,14 @@ def run_command(args: argparse.Namespace) -> int:
 
     from optimum_mobilequant import MobileQuantConfig, quantize
     from optimum_mobilequant.log import show_progress_lines
+    from optimum_mobilequant.summary import summary
 
     show_progress_lines()
     config = MobileQuantConfig.from_dict(fields)
     check_dataset(config)
     device = check_device(args.device)
     model, tokenizer = load(model_name, dtype=torch.float32)
+    parameters = model.num_parameters()
     model = quantize(model.to(device), tokenizer, config, run_dir=args.run_dir)
     staged = out.with_name(f".{out.name}.{os.getpid()}.partial")
     staged.mkdir(parents=True)
@@ -84,12 +88,16 @@ def run_command(args: argparse.Namespace) -> int:
         tokenizer.save_pretrained(staged)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+        # a full disk, in the words of safetensors and of everything else
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None) == errno.ENOSPC:
             again = "run the same command again" if args.run_dir else "run again, with --run-dir to keep the stages"
             raise OSError(f"{out} was not written ({error}): free some space and {again}") from error
         raise
     put_in_place(staged, out, args.overwrite)
-    print(f"saved {out} ({sum(path.stat().st_size for path in out.rglob('*') if path.is_file()):,} bytes)")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    stored = json.loads((out / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    print(summary(stored.get("recorded") or {}, size, parameters, out))
+    print(f"next: mobilequant report {shlex.quote(str(out))} --text FILE --out report.html")
     return 0
 
 

@@ -22,12 +22,15 @@ def register(add: AddCommand) -> None:
     parser.add_argument("--out", metavar="FILE", help="where to write (default: to the terminal)")
     parser.add_argument("--format", choices=FORMATS, help="html, md or json (default: by the name of --out, else md)")
     parser.add_argument("--run-dir", metavar="DIR", help="run directory of the checkpoint: ranges, learned parameters")
+    parser.add_argument(
+        "--ladder", metavar="FILE", help="results of `mobilequant ladder --json` (default: ladder.json in the folder)"
+    )
     parser.add_argument("--text", metavar="FILE", help="measure the error of every activation on this text")
     parser.add_argument("--seq-len", type=positive, default=128, metavar="N", help="tokens in a window (128)")
     parser.add_argument(
         "--tokens", type=positive, default=1024, metavar="N", help="tokens of the text that are read (1024)"
     )
-    parser.add_argument("--site", metavar="NAME", help="activation whose distribution is shown (the worst)")
+    parser.add_argument("--site", metavar="NAME", help="activation whose distribution is shown first (the worst)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
 
 
@@ -48,6 +51,7 @@ def run_command(args: argparse.Namespace) -> int:
     report = collect_report(
         args.path,
         run_dir=args.run_dir,
+        ladder=args.ladder,
         text=text,
         seq_len=args.seq_len,
         tokens=args.tokens,

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from ..exporters.source import prefix_tokens
 from ..graph.ir import Encoding
 from ..graph.load import QUANTO, load_graph, method_of
+from ..log import progress_bar
 from ..numerics import dequantize
 from .perplexity import exp_or_inf, token_ids
 from .runners import RUNNERS, LogitsRunner, Request
@@ -129,7 +129,7 @@ def compare(
     runners = {name: runner for name, runner in made.items() if runner is not None}
     scores = {name: _Score() for name in runners}
     distances = {(b, a): _Distance(_same_grid(runners[a], runners[b])) for a, b in combinations(runners, 2)}
-    for ids in tqdm(windows.split(batch_size), desc="compare", unit="batch", disable=not progress):
+    for ids in progress_bar(windows.split(batch_size), "compare", unit="batch", show=progress):
         found: dict[str, Tensor] = {}
         for name, runner in runners.items():
             start = time.perf_counter()

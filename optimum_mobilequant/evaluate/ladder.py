@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 # From the baseline up: each does more than the one before it.
 RUNGS = ("rtn", "smoothquant-edge", "mobilequant", "best")
 RUNG_PRESETS = ("w8a8", "w4a8", "w8a8-full")
-_FILE = "ladder.json"
+LADDER_FILE = "ladder.json"
 # Of the settings: how much is spent, and what follows from the rest.
 _NOT_STAGES = {"recipe", "effort", "seed", "samples", "seq_len", "batch_size", "eval_every", "gradient_checkpointing"}
 
@@ -262,9 +262,9 @@ class _Store:
     def __init__(self, folder: Path | None, about: dict[str, Any]):
         self.folder, self.about = folder, about
         self.rungs: dict[tuple[str, str], Rung] = {}
-        if folder is None or not (folder / _FILE).is_file():
+        if folder is None or not (folder / LADDER_FILE).is_file():
             return
-        stored = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        stored = json.loads((folder / LADDER_FILE).read_text(encoding="utf-8"))
         if stored["about"] != about:
             differs = [name for name in about if stored["about"].get(name) != about[name]]
             raise ValueError(f"run_dir {folder} holds another ladder ({', '.join(differs)}): use another run_dir")
@@ -281,6 +281,6 @@ class _Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"about": self.about, "rungs": [asdict(kept) for kept in self.rungs.values()]}
-        temporary = self.folder / f".{_FILE}.tmp"
+        temporary = self.folder / f".{LADDER_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / _FILE)
+        temporary.replace(self.folder / LADDER_FILE)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
+from ..log import progress_bar
 from ..nn.prefix import logits_behind, prefix_length
 from ..overlap import warn_if_calibrated_on
 
@@ -133,7 +133,7 @@ def perplexity(
     start = time.perf_counter()
     try:
         with torch.no_grad():
-            for batch in tqdm(chunks.split(batch_size), desc="perplexity", unit="batch", disable=not progress):
+            for batch in progress_bar(chunks.split(batch_size), "perplexity", unit="batch", show=progress):
                 batch = batch.to(device)
                 logits = logits_behind(model, prefix, batch)[:, :-1]
                 targets = batch[:, 1:].to(logits.device)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils import logging
+
+from ..log import progress_bar
 
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {
@@ -61,7 +61,7 @@ def write_weights(folder: Path, entries: Sequence[Entry], *, shard_bytes: int = 
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    bar = tqdm(total=len(entries), desc="write", leave=False, disable=not logging.is_progress_bar_enabled())
+    bar = progress_bar(None, "write", total=len(entries), unit="tensor")
     with bar:
         for name, shard in zip(names, shards, strict=True):
             _write(folder / name, shard, bar.update)

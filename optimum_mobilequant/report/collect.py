@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..checkpoint.record import is_checkpoint
+from ..config import MobileQuantConfig
+from ..evaluate.ladder import LADDER_FILE
 from ..inspection import inspect_checkpoint
-from ..run_dir import STAGES
+from ..run_dir import FINGERPRINT
+from .ladder import find_ladder, read_ladder
+from .run import add_run
 from .sites import SiteErrors, measure_sites
 
-FINGERPRINT = "fingerprint.json"
+# Not options of a run: what came out of it, and where it was.
+_NOT_OPTIONS = ("recorded", "scheme", "quant_method", "format_version", "run_dir", "device")
 
 
 @dataclass
@@ -25,15 +29,17 @@ class Report:
     """Plain JSON types throughout; a part that is not there is empty.
 
     Attributes:
-        title: name of the folder. kind: ``"checkpoint"`` or ``"run"``.
+        title: name of the folder. kind: ``"checkpoint"``, ``"run"`` or ``"ladder"``.
         settings: options of the run that differ from the defaults. recorded: what the run measured.
         rows: every tensor, as :class:`~optimum_mobilequant.inspection.Inspection` lists it. totals: sizes.
         history: stage -> pairs of step and validation loss.
         stages: stage of a run directory -> "finished", "under way" or "-".
         calibrated: activation -> smallest and largest value that calibration saw, where a run directory is given.
-        scales: learned parameter -> smallest, median and largest value, where a run directory is given.
+        learned: kind of parameter -> its name -> smallest, median and largest value, where a run directory is given:
+            ``"transforms"`` as factors, ``"clips"`` as the share of the range that stays, ``"matrices"`` as they are.
+        ladder: rows of name, perplexity, gap, minutes, what was added, error; see :func:`.ladder.read_ladder`.
         sites: errors measured on a text; None without one.
-        command: what made the report.
+        rerun: the command that does the run again. command: what made the report.
     """
 
     title: str
@@ -45,8 +51,10 @@ class Report:
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     stages: dict[str, str] = field(default_factory=dict)
     calibrated: dict[str, tuple[float, float]] = field(default_factory=dict)
-    scales: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    learned: dict[str, dict[str, tuple[float, float, float]]] = field(default_factory=dict)
+    ladder: list[dict[str, Any]] = field(default_factory=list)
     sites: SiteErrors | None = None
+    rerun: str = ""
     command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,46 +68,76 @@ class Report:
         values = found if isinstance(found, Mapping) else {}
         return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
+    @property
+    def missing(self) -> list[str]:
+        """What else a report can show, and what it needs for that."""
+        wanted = []
+        if self.kind == "checkpoint" and self.sites is None:
+            wanted.append("--text FILE adds the error of every activation, the worst sites and their distributions")
+        if self.kind == "checkpoint" and not self.stages:
+            wanted.append("--run-dir DIR, the run's own, adds stages, ranges before learning and learned parameters")
+        if self.kind == "run":
+            wanted.append("the finished checkpoint in place of the run directory adds scores, sizes and bits")
+        if not self.ladder:
+            wanted.append("--ladder FILE, from `mobilequant ladder --json`, adds the other recipes beside this one")
+        return wanted
+
 
 def collect_report(
     path: str | PathLike[str],
     *,
     run_dir: str | PathLike[str] | None = None,
+    ladder: str | PathLike[str] | None = None,
     text: str | None = None,
     seq_len: int = 128,
     tokens: int = 1024,
     histogram: str | None = None,
     command: str = "",
 ) -> Report:
-    """Read a checkpoint or a run directory.
+    """Read a checkpoint, a run directory or the folder of a ladder.
 
     Args:
-        path: a checkpoint, or the run directory of a run that is finished, interrupted or under way.
-        run_dir: run directory of the checkpoint: adds stages, calibrated ranges and learned scales.
+        path: a checkpoint; the run directory of a run that is finished, interrupted or under way; or that of a ladder.
+        run_dir: run directory of the checkpoint: adds stages, calibrated ranges and learned parameters.
+        ladder: results of ``mobilequant ladder --json`` or of a script in ``benchmarks/``; None takes the
+            ``ladder.json`` in ``path``, or beside a run of a ladder.
         text: measure the error of every site on it (loads the checkpoint). seq_len: tokens of a window.
             tokens: how many are read.
-        histogram: name of the activation whose distribution is shown; None takes the one with the largest error.
+        histogram: name of the activation whose distribution is shown first; None takes the one with the largest error.
         command: kept in the report.
 
     Raises:
-        FileNotFoundError: neither a checkpoint nor a run directory.
-        ValueError: a damaged checkpoint, a text without a checkpoint, or an unknown activation.
+        FileNotFoundError: nothing of the kind there.
+        ValueError: a damaged checkpoint, a text without a checkpoint, an unknown activation, or a run without any
+            result yet.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}: give a checkpoint or a run directory")
-    if is_checkpoint(folder):
+    checkpoint, run = is_checkpoint(folder), (folder / FINGERPRINT).is_file()
+    if text is not None and not checkpoint and (run or (folder / LADDER_FILE).is_file()):
+        raise ValueError("errors are measured on a checkpoint: give its folder, and the run directory as run_dir")
+    rungs = find_ladder(folder, run=run) if ladder is None else read_ladder(Path(ladder).expanduser())
+    if checkpoint:
         report = _of_checkpoint(folder)
-    elif (folder / FINGERPRINT).is_file():
-        if text is not None:
-            raise ValueError("errors are measured on a checkpoint: give its folder, and the run directory as run_dir")
+    elif run:
         report, run_dir = Report(folder.resolve().name, "run"), run_dir or folder
+    elif (folder / LADDER_FILE).is_file():
+        report = Report(folder.resolve().name, "ladder")
     else:
         raise FileNotFoundError(
             f"{str(folder)!r} is neither a checkpoint (config.json of mobilequant) nor a run directory ({FINGERPRINT})"
         )
+    report.ladder = rungs
     if run_dir is not None:
-        _add_run(report, Path(run_dir).expanduser())
+        add_run(report, Path(run_dir).expanduser())
+    if report.kind == "run" and all(state == "-" for state in report.stages.values()):
+        raise ValueError(
+            f"no results to report: no stage of the run in {str(folder)!r} has begun; start it again with the same "
+            "command, or give another folder"
+        )
+    if report.kind != "ladder":
+        report.rerun = rerun_command(report.settings, report.recorded)
     if text is not None:
         report.sites = measure_sites(folder, text, seq_len=seq_len, tokens=tokens, histogram=histogram)
     report.command = command
@@ -110,11 +148,10 @@ def _of_checkpoint(folder: Path) -> Report:
     listing = inspect_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     recorded = config.get("recorded") or {}
-    hidden = {"recorded", "scheme", "quant_method", "format_version"}
-    settings = {key: value for key, value in config.items() if key not in hidden and value is not None}
+    settings = {key: value for key, value in config.items() if key not in _NOT_OPTIONS and value is not None}
     history = {"learn": [tuple(pair) for pair in recorded.get("history") or []]}
-    for stage in ("rounding", "finetune"):
-        found = recorded.get(stage)
+    for stage, name in (("round", "rounding"), ("finetune", "finetune")):
+        found = recorded.get(name)
         if isinstance(found, Mapping):
             history[stage] = [tuple(pair) for pair in found.get("history") or []]
     return Report(
@@ -128,32 +165,21 @@ def _of_checkpoint(folder: Path) -> Report:
     )
 
 
-def _add_run(report: Report, folder: Path) -> None:
-    if not (folder / FINGERPRINT).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is no run directory: it has no {FINGERPRINT}")
-    if not report.settings:
-        report.settings = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")).get("settings", {})
-    for stage, number in STAGES.items():
-        finished = folder / f"{number:02d}_{stage}.safetensors"
-        progress = folder / f"{number:02d}_{stage}.progress.safetensors"
-        report.stages[stage] = "finished" if finished.is_file() else "under way" if progress.is_file() else "-"
-        if finished.is_file() or progress.is_file():
-            _read_stage(report, stage, finished if finished.is_file() else progress)
+def rerun_command(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """The command line that repeats a run: every option that differs from its default.
 
-
-def _read_stage(report: Report, stage: str, file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            meta = json.loads((opened.metadata() or {}).get("meta", "{}"))
-            if meta.get("history") and stage not in report.history:
-                report.history[stage] = [tuple(pair) for pair in meta["history"]]
-            for key in opened.keys():  # noqa: SIM118 (no dict)
-                kind, _, name = key.partition("/")
-                if stage in ("calibrate", "transform") and kind == "low":
-                    high = opened.get_tensor(f"high/{name}")
-                    report.calibrated[name] = (float(opened.get_tensor(key)), float(high))
-                elif stage == "learn" and (tensor := opened.get_tensor(key)).is_floating_point() and tensor.numel():
-                    flat = tensor.float().flatten()
-                    report.scales[key] = (float(flat.min()), float(flat.median()), float(flat.max()))
-    except (SafetensorError, ValueError, KeyError) as error:
-        report.stages[stage] = f"unreadable ({error})"
+    MODEL and FILE stand for names that are not kept.
+    """
+    default = MobileQuantConfig().to_dict()
+    dataset = settings.get("dataset")
+    words = ["mobilequant", "quantize", str(recorded.get("base_model") or "MODEL")]
+    words += ["--preset", str(settings.get("preset", default["preset"]))]
+    words += ["--dataset", dataset if isinstance(dataset, str) else "FILE"]
+    for name, value in settings.items():
+        if name in (*_NOT_OPTIONS, "preset", "dataset") or value is None or value == default.get(name):
+            continue
+        if name in ("recipe", "effort", "seed", "bits"):
+            words += [f"--{name}", str(value)]
+        else:
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join([*words, "--out", "DIR"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from .advice import advice
 from .collect import Report
 
 WORST = 12
+SITES = "Worst sites"
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,16 @@ def tables_of(report: Report) -> list[Table]:
     found = [
         Table("Result", ("", "perplexity", "against float"), _result(report)),
         Table("Size and cost", ("", ""), _sizes(report)),
+        Table("Ladder", ("", "perplexity", "against float", "minutes", "peak memory", "adds"), _ladder(report)),
         Table("Stages", ("stage", "state"), tuple(report.stages.items())),
+        Table("Learning", ("stage", "steps", "loss before", "best", "last"), _learning(report)),
         Table("Bits", ("integers", "tensors", "bytes"), _bits(report)),
-        Table("Worst sites", ("activation", "bits", "SQNR", "clipped", "what to do"), _worst(report)),
-        Table("Ranges that moved most", ("activation", "calibrated", "now", "width"), _moved(report)),
-        Table("Learned parameters", ("parameter", "smallest", "median", "largest"), _scales(report)),
+        Table(SITES, ("activation", "bits", "SQNR", "clipped", "what to do"), _worst(report)),
+        Table("Ranges before and after learning", ("activation", "calibrated", "now", "width"), _moved(report)),
+        Table("Learned parameters", ("parameter", "smallest", "median", "largest"), _learned(report)),
         Table("Evaluations", ("what", "score", "value"), _evaluations(report)),
         Table("Settings", ("option", "value"), tuple((k, str(v)) for k, v in report.settings.items())),
-        Table("Environment", ("package", "version"), _environment(report)),
+        Table("Environment", ("", ""), _environment(report)),
     ]
     return [table for table in found if table.rows]
 
@@ -43,6 +46,10 @@ def to_markdown(report: Report) -> str:
     parts = [f"# {report.title}", f"A {report.kind} of optimum-mobilequant."]
     for table in tables_of(report):
         parts += [f"## {table.heading}", _rows(table)]
+    if report.rerun:
+        parts += ["## The run again", f"```bash\n{report.rerun}\n```"]
+    if report.missing:
+        parts += ["## This page can show more", "\n".join(f"- {line}" for line in report.missing)]
     if report.command:
         parts.append(f"Made by `{report.command}`.")
     return "\n\n".join(parts) + "\n"
@@ -87,12 +94,17 @@ def _sizes(report: Report) -> tuple[tuple[str, ...], ...]:
         rows.append(("the same parameters in bfloat16", size(2 * totals["parameters"])))
         rows.append(("bits for each parameter, scales included", f"{totals['bits_per_parameter']:.2f}"))
     if "minutes" in recorded:
-        rows.append(("minutes of the run", f"{recorded['minutes']:.1f}"))
+        rows.append(("minutes of the run", _beside(recorded, "minutes", "minutes_estimate", "{:.1f}".format)))
     if "peak_memory_bytes" in recorded:
-        rows.append(("peak memory of the run", size(recorded["peak_memory_bytes"])))
+        rows.append(("peak memory of the run", _beside(recorded, "peak_memory_bytes", "memory_estimate_bytes", size)))
     if "data" in recorded:
         rows.append(("calibration", str(recorded["data"])))
     return tuple(rows)
+
+
+def _beside(recorded: Mapping[str, Any], measured: str, estimated: str, show: Callable[[float], str]) -> str:
+    text = show(recorded[measured])
+    return text if recorded.get(estimated) is None else f"{text} (estimated before: {show(recorded[estimated])})"
 
 
 def _bits(report: Report) -> tuple[tuple[str, ...], ...]:
@@ -133,9 +145,39 @@ def _moved(report: Report) -> tuple[tuple[str, ...], ...]:
     return tuple((n, ends(old), ends(new), f"x{ratio:.3f}") for n, old, new, ratio in moved_ranges(report)[:WORST])
 
 
-def _scales(report: Report) -> tuple[tuple[str, ...], ...]:
-    wide = sorted(report.scales.items(), key=lambda item: item[1][0] - item[1][2])
-    return tuple((name, *(f"{value:.4g}" for value in values)) for name, values in wide[:WORST])
+_LEARNED = {"transforms": "factor", "clips": "share kept by clipping", "matrices": "matrix"}
+
+
+def _learned(report: Report) -> tuple[tuple[str, ...], ...]:
+    rows: list[tuple[str, ...]] = []
+    for kind, found in report.learned.items():
+        wide = sorted(found.items(), key=lambda item: item[1][0] - item[1][2])
+        rows += [(f"{_LEARNED[kind]}, {name}", *(f"{v:.4g}" for v in values)) for name, values in wide[:WORST]]
+    return tuple(rows)
+
+
+def _learning(report: Report) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (stage, str(pairs[-1][0]), f"{pairs[0][1]:.5g}", f"{min(v for _, v in pairs):.5g}", f"{pairs[-1][1]:.5g}")
+        for stage, pairs in report.history.items()
+    )
+
+
+def _ladder(report: Report) -> tuple[tuple[str, ...], ...]:
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    return tuple(
+        (
+            row["name"],
+            cell(row["perplexity"], "{:.4f}") if not row["error"] else f"refused: {row['error']}",
+            cell(row["gap"], "{:+.2%}"),
+            cell(row["minutes"], "{:.1f}"),
+            "-" if row["peak_memory_bytes"] is None else size(row["peak_memory_bytes"]),
+            ", ".join(row["added"]) or "-",
+        )
+        for row in report.ladder
+    )
 
 
 def _evaluations(report: Report) -> tuple[tuple[str, ...], ...]:
@@ -151,5 +193,5 @@ def _evaluations(report: Report) -> tuple[tuple[str, ...], ...]:
 
 
 def _environment(report: Report) -> tuple[tuple[str, ...], ...]:
-    versions = report.recorded.get("versions")
-    return tuple((k, str(v)) for k, v in versions.items()) if isinstance(versions, dict) else ()
+    found = [report.recorded.get(name) for name in ("versions", "machine")]
+    return tuple((k, str(v)) for values in found if isinstance(values, dict) for k, v in values.items())

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..evaluate.perplexity import token_ids
 from ..hf_quantizer import plan_of
+from ..log import progress_bar
 from ..lookup import lookup
 from ..nn.quantizer import Quantizer
 from ..runtime import simulated
@@ -26,12 +26,14 @@ class SiteErrors:
     """Attributes:
     sites: activation -> role, layer (None outside the layers), bits, SQNR in dB of its own rounding (None if it rounds
         nothing), share of values clipped, smallest and largest value seen, and the ends of its range.
-    histogram: of one activation: its name, bin edges, counts before and after rounding.
+    histograms: activation -> ``low`` and ``high``, the ends of the bins, and counts ``before`` and ``after`` rounding.
+    chosen: the activation whose distribution is shown first; None without any.
     tokens: how many were read.
     """
 
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
-    histogram: dict[str, Any] = field(default_factory=dict)
+    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chosen: str | None = None
     tokens: int = 0
 
     def worst(self, count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -102,37 +104,37 @@ def measure_sites(
         _read(model, windows, "read sites")
         for handle in handles:
             handle.remove()
-        result = SiteErrors({name: site.result() for name, site in sites.items()}, {}, windows.numel())
-        worst = result.worst(1)
-        chosen = histogram or (worst[0][0] if worst else None)
-        if chosen is not None:
-            result.histogram = _histogram(model, windows, quantizers[chosen], result.sites[chosen])
+        found = {name: site.result() for name, site in sites.items()}
+        counts = {name: _Histogram(found[name]) for name in quantizers}
+        handles = [quantizers[name].register_forward_hook(count) for name, count in counts.items()]
+        _read(model, windows[:2], "distributions")
+        for handle in handles:
+            handle.remove()
+    result = SiteErrors(found, {name: count.result() for name, count in counts.items()}, histogram, windows.numel())
+    if histogram is None and (worst := result.worst(1)):
+        result.chosen = worst[0][0]
     return result
 
 
 @torch.no_grad()
 def _read(model: Any, windows: Tensor, description: str) -> None:
-    for window in tqdm(windows.split(1), desc=description, unit="window", leave=False):
+    for window in progress_bar(windows.split(1), description, unit="window"):
         model(input_ids=window, use_cache=False)
 
 
-def _histogram(model: Any, windows: Tensor, quantizer: Quantizer, site: dict[str, Any]) -> dict[str, Any]:
-    low, high = site["seen"] or site["range"]
-    low, high = min(low, site["range"][0]), max(high, site["range"][1])
-    before, after = torch.zeros(BINS), torch.zeros(BINS)
+class _Histogram:
+    """Counts in bins that cover what was seen and the range."""
 
-    def count(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        for counts, x in ((before, args[0]), (after, output)):
+    def __init__(self, site: dict[str, Any]):
+        low, high = site["seen"] or site["range"]
+        self.low, self.high = min(low, site["range"][0]), max(high, site["range"][1])
+        self.before, self.after = torch.zeros(BINS), torch.zeros(BINS)
+
+    def __call__(self, module: Any, args: tuple[Tensor], output: Tensor) -> None:
+        for counts, x in ((self.before, args[0]), (self.after, output)):
             values = x.detach().float().flatten()
-            counts += torch.histc(values[torch.isfinite(values)], BINS, low, high)
+            counts += torch.histc(values[torch.isfinite(values)], BINS, self.low, self.high)
 
-    handle = quantizer.register_forward_hook(count)
-    _read(model, windows[:2], "histogram")
-    handle.remove()
-    edges = torch.linspace(low, high, BINS + 1)
-    return {
-        "name": quantizer.spec.name,
-        "edges": edges.tolist(),
-        "before": before.tolist(),
-        "after": after.tolist(),
-    }
+    def result(self) -> dict[str, Any]:
+        before, after = (counts.int().tolist() for counts in (self.before, self.after))
+        return {"low": self.low, "high": self.high, "before": before, "after": after}

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..checkpoint.pack import input_of
+from ..log import progress_bar
 from ..nn import Mode, set_mode
 from ..nn.capture import Stop, layer_inputs
 from ..nn.modules import QuantLinear
@@ -86,7 +85,7 @@ def round_layers(
         streams[mode] = list(zip(*layer_inputs(student, first, batches), strict=True))
     set_mode(student, Mode.QUANTIZE)
     layers = plan.geometry.layers
-    for i in tqdm(range(layers), desc="round", disable=not logging.is_progress_bar_enabled()):
+    for i in progress_bar(range(layers), "round", unit="layer", leave=True):
         layer = student.get_submodule(plan.family.layer(i))
         if i >= layers_done:
             for group in _groups(plan, weights, plan.family.layer(i)):

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from ..log import progress_bar
 from ..nn import Mode, set_mode
 from ..nn.capture import layer_inputs
 from ..nn.tunable import LogScale
@@ -55,7 +54,7 @@ def adaptive_scales(
     batches = [batch.to(device) for batch in ids[:SEQUENCES].split(batch_size)]
     hidden, options = layer_inputs(student, student.get_submodule(plan.family.layer(0)), batches)
     found: dict[str, Tensor] = {}
-    for i in tqdm(range(plan.geometry.layers), desc="smooth", disable=not logging.is_progress_bar_enabled()):
+    for i in progress_bar(range(plan.geometry.layers), "smooth", unit="layer", leave=True):
         layer = student.get_submodule(plan.family.layer(i))
         site = _Site(student, plan, i)
         inputs: list[Inputs] = []

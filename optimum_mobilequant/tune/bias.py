@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..families import Family
-from ..log import get_logger
+from ..log import get_logger, progress_bar
 from ..nn import Mode, set_mode
 from ..nn.capture import layer_inputs, run_layer
 from ..nn.tunable import TunableBias
@@ -75,7 +73,7 @@ def bias_corrections(
     quant_in, _ = layer_inputs(student, first, batches)
     corrections: dict[str, Tensor] = {}
     layers = range(plan.geometry.layers)
-    for i in tqdm(layers, desc="correct biases", leave=False, disable=not logging.is_progress_bar_enabled()):
+    for i in progress_bar(layers, "correct biases", unit="layer"):
         layer = student.get_submodule(f.layer(i))
         paths = {part: f.layer(i, getattr(f, part)) for part in parts}
         set_mode(layer, Mode.OFF)

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
+
+from ..log import progress_bar
 
 # Rates fall along a cosine to this share of their start (paper: 1e-3 -> 1e-4).
 FINAL_RATE = 0.1
@@ -118,8 +118,7 @@ def learn_end_to_end(
     if optimizer is None:
         return result
 
-    bar = tqdm(range(first, steps), desc=description, initial=first, total=steps,
-               disable=not logging.is_progress_bar_enabled())  # fmt: skip
+    bar = progress_bar(range(first, steps), description, total=steps, initial=first, unit="step", leave=True)
     with torch.enable_grad():
         for step in bar:
             progress, rise = step / steps, min(1.0, (step + 1) / (warmup + 1))

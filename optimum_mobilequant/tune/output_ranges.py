@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from ..log import progress_bar
 from ..nn import Mode, Quantizer, quantizers_of, set_mode
 from ..nn.capture import layer_inputs, run_layer
 from ..numerics import affine_qparams
@@ -48,7 +47,7 @@ def least_output_error(student: nn.Module, plan: Plan, ranges: Ranges, ids: Tens
     set_mode(student, Mode.QUANTIZE)
     quant_in, _ = layer_inputs(student, first, batches)
     layers = range(plan.geometry.layers)
-    for i in tqdm(layers, desc="search ranges", leave=False, disable=not logging.is_progress_bar_enabled()):
+    for i in progress_bar(layers, "search ranges", unit="layer"):
         layer = student.get_submodule(plan.family.layer(i))
         set_mode(layer, Mode.OFF)
         target = run_layer(layer, float_in, options)

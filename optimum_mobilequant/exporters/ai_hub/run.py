@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
-from ...log import get_logger
+from ...log import get_logger, progress_bar
 from .access import Hub
 from .devices import Target
 from .folders import GraphFolder
@@ -131,8 +129,7 @@ def _send(
 def _follow(hub: Hub, records: Records, out: Path, wait: bool, poll_seconds: float) -> None:
     """Look at all jobs once, or until they have ended; raise for the first that failed."""
     jobs: dict[str, Any] = {}
-    off = not (wait and transformers_logging.is_progress_bar_enabled())
-    with tqdm(total=len(records.jobs), desc="AI Hub", unit="job", disable=off) as bar:
+    with progress_bar(None, "AI Hub", total=len(records.jobs), unit="job", leave=True, show=wait) as bar:
         while True:
             open_jobs = {title: job for title, job in records.jobs.items() if job.state not in (_DONE, _FAILED)}
             for title, record in open_jobs.items():
