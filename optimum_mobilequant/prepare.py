@@ -33,7 +33,7 @@ from .machine import cpu_name
 from .nn.prefix import logits_behind
 from .overlap import passages_of
 from .plan import Plan, build_plan
-from .resources import available_memory, checkpoints, memory_estimate, peak_memory, shortage
+from .resources import available_memory, checkpoints, held_memory, memory_estimate, peak_memory, shortage
 from .run_data import RunData, peek, run_data, tokenizer_of
 from .run_dir import STAGES, RunDirectory, fingerprint_of, weights_digest
 from .settings import Settings
@@ -90,11 +90,12 @@ class Prepared:
             raise
         others = [p for teacher in self.teachers if teacher.model is not None for p in teacher.model.parameters()]
         estimate = memory_estimate(self.plan, self.settings) + 4 * sum(p.numel() for p in others)
-        self.recorded["memory_estimate_bytes"] = estimate
         present = 4 * sum(p.numel() for p in chain(self.model.parameters(), others))
         lacking = shortage(self.plan, self.settings, estimate - present, available_memory(self.model.device))
         if lacking:
             logger.warning(lacking)
+        estimate += held_memory(self.config.device or self._device, self.model)
+        self.recorded["memory_estimate_bytes"] = estimate
         minutes = self._minutes()
         self.recorded["minutes_estimate"] = round(minutes, 3)
         logger.info(

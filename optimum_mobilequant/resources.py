@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from .plan import Plan
@@ -89,6 +90,15 @@ def available_memory(device: torch.device | str = "cpu") -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: all of it, of which half may be free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 0
+
+
+def held_memory(device: torch.device | str, model: torch.nn.Module) -> int:
+    """Bytes that :func:`peak_memory` counts and :func:`memory_estimate` does not: the interpreter with its libraries,
+    or on CUDA what other tensors take there; the model's own weights are in the estimate."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if torch.device(device).type == "cuda":
+        return max(0, torch.cuda.memory_allocated(device) - weights)
+    return max(0, psutil.Process().memory_info().rss - weights)
 
 
 def reset_peak_memory(device: torch.device | str = "cpu") -> bool:

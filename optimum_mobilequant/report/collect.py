@@ -130,7 +130,8 @@ def collect_report(
         )
     report.ladder = rungs
     if run_dir is not None:
-        add_run(report, Path(run_dir).expanduser())
+        stored = add_run(report, Path(run_dir).expanduser())
+        report.settings = report.settings or options_of(stored)
     if report.kind == "run" and all(state == "-" for state in report.stages.values()):
         raise ValueError(
             f"no results to report: no stage of the run in {str(folder)!r} has begun; start it again with the same "
@@ -148,7 +149,7 @@ def _of_checkpoint(folder: Path) -> Report:
     listing = inspect_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     recorded = config.get("recorded") or {}
-    settings = {key: value for key, value in config.items() if key not in _NOT_OPTIONS and value is not None}
+    settings = options_of(config)
     history = {"learn": [tuple(pair) for pair in recorded.get("history") or []]}
     for stage, name in (("round", "rounding"), ("finetune", "finetune")):
         found = recorded.get(name)
@@ -163,6 +164,14 @@ def _of_checkpoint(folder: Path) -> Report:
         listing.totals | listing.config,
         {stage: pairs for stage, pairs in history.items() if pairs},
     )
+
+
+def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stored config says of the run: its name, data and seed, and what differs from the defaults."""
+    default = MobileQuantConfig().to_dict()
+    always = ("preset", "recipe", "effort", "dataset", "seed")
+    kept = {key: value for key, value in config.items() if key not in _NOT_OPTIONS and value is not None}
+    return {key: value for key, value in kept.items() if key in always or value != default.get(key)}
 
 
 def rerun_command(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:

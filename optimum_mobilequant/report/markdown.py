@@ -11,6 +11,8 @@ from .collect import Report
 
 WORST = 12
 SITES = "Worst sites"
+# Roles whose ranges are known beforehand or widened for masked positions, whatever calibration saw.
+NEVER_LEARNED = ("rope_table", "probabilities", "scores")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def tables_of(report: Report) -> list[Table]:
         Table("Result", ("", "perplexity", "against float"), _result(report)),
         Table("Size and cost", ("", ""), _sizes(report)),
         Table("Ladder", ("", "perplexity", "against float", "minutes", "peak memory", "adds"), _ladder(report)),
-        Table("Stages", ("stage", "state"), tuple(report.stages.items())),
+        Table("Stages", ("stage", "state"), _stages(report)),
         Table("Learning", ("stage", "steps", "loss before", "best", "last"), _learning(report)),
         Table("Bits", ("integers", "tensors", "bytes"), _bits(report)),
         Table(SITES, ("activation", "bits", "SQNR", "clipped", "what to do"), _worst(report)),
@@ -69,6 +71,12 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def _stages(report: Report) -> tuple[tuple[str, ...], ...]:
+    """Of a finished run those that it had."""
+    finished = report.stages.get("pack") == "finished"
+    return tuple((stage, state) for stage, state in report.stages.items() if state != "-" or not finished)
 
 
 def _result(report: Report) -> tuple[tuple[str, ...], ...]:
@@ -129,7 +137,7 @@ def moved_ranges(report: Report) -> list[tuple[str, tuple[float, float], tuple[f
     """Activations with calibrated and final ends, and the ratio of their widths; what moved most comes first."""
     found = []
     for row in report.rows:
-        if row["kind"] == "activation" and row["tensor"] in report.calibrated:
+        if row["kind"] == "activation" and row["tensor"] in report.calibrated and row["role"] not in NEVER_LEARNED:
             low, high = report.calibrated[row["tensor"]]
             low, high = min(low, 0.0), max(high, 0.0)
             if high > low:

@@ -18,24 +18,25 @@ if TYPE_CHECKING:
 _KINDS = {"scales": ("transforms", "exp"), "clips": ("clips", "sigmoid"), "matrices": ("matrices", "clone")}
 
 
-def add_run(report: Report, folder: Path) -> None:
+def add_run(report: Report, folder: Path) -> dict[str, Any]:
     """Read every stage file that is there; one that cannot be read is named, not raised.
+
+    Returns:
+        the run's settings.
 
     Raises:
         FileNotFoundError: no run directory.
     """
     if not (folder / FINGERPRINT).is_file():
         raise FileNotFoundError(f"{str(folder)!r} is no run directory: it has no {FINGERPRINT}")
-    if not report.settings:
-        stored = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")).get("settings", {})
-        hidden = {"scheme", "quant_method", "format_version"}
-        report.settings = {key: value for key, value in stored.items() if key not in hidden and value is not None}
     for stage, position in STAGES.items():
         finished = folder / f"{position:02d}_{stage}.safetensors"
         progress = folder / f"{position:02d}_{stage}.progress.safetensors"
         report.stages[stage] = "finished" if finished.is_file() else "under way" if progress.is_file() else "-"
         if finished.is_file() or progress.is_file():
             _read(report, stage, finished if finished.is_file() else progress)
+    settings: dict[str, Any] = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")).get("settings", {})
+    return settings
 
 
 def _read(report: Report, stage: str, file: Path) -> None:

@@ -40,13 +40,15 @@ svg text.in { fill: var(--ink); font-size: 11px; pointer-events: none } svg text
 .legend span::before { content: "■ "; }
 .legend .s0::before { color: var(--s0) } .legend .s1::before { color: var(--s1) }
 .legend .pale::before { color: var(--pale) }
+@media (min-width: 48rem) { table.sites td:first-child { min-width: 21rem } }
 @media (max-width: 30rem) { body { padding: 1rem .8rem 3rem } svg text { font-size: 14px }
   table.sites tr { display: grid; grid-template-columns: 4rem 6rem 1fr }
   table.sites :is(td, th):is(:first-child, :last-child) { grid-column: 1 / -1 }
   table.sites td:not(:last-child) { border: 0; padding-bottom: 0 }
   .big b { font-size: 1.2rem } }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #444; --rule: #ccc; --s0: #0b62c4; --s1: #c2410c;
-  --pale: #c3cad3 } body { max-width: none; padding: 0; font-size: 11px } nav, select { display: none }
+  --pale: #c3cad3 } body { max-width: none; padding: 0; font-size: 11px } nav { display: none }
+  select { appearance: none; border: 0; padding: 0; background: none; color: inherit }
   * { print-color-adjust: exact } h2, p { break-after: avoid } svg, tr, .plots > div { break-inside: avoid }
   .scroll { overflow: visible } svg.plot { min-width: 0 !important } .plots { grid-template-columns: 1fr 1fr } }
 """
