@@ -52,5 +52,21 @@ def test_reload_is_bitwise_equal(demo):
     assert demo["reload_bitwise"] is True
 
 
+def test_minutes_were_estimated_before(demo):
+    for preset in ("w8a8", "w4a8"):
+        learned = row(demo, "mobilequant", preset)
+        assert 1 / 3 < learned["minutes_estimate"] / learned["minutes"] < 3, learned
+
+
+def test_the_report_is_one_page_with_the_ladder_and_every_plot(demo):
+    page = (RESULT.parent / "report.html").read_text(encoding="utf-8")
+    assert 100_000 < len(page) < 3_000_000
+    for heading in ("Result", "Ladder", "Learning", "Worst sites", "Distribution", "Learned parameters"):
+        assert f">{heading}</h2>" in page, heading
+    assert page.count("<svg") >= 12
+    for found in demo["rows"]:
+        assert f"{found['perplexity']:.4f}" in page, found
+
+
 def test_the_demo_is_quick(demo):
     assert 0 < demo["seconds"] <= 600

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -201,6 +202,10 @@ class RunDirectory:
                 )
         elif stray := next(folder.glob("[0-9][0-9]_*.safetensors"), None):
             raise ValueError(f"{stray} has no {FINGERPRINT} beside it, so its origin is unknown; use another run_dir")
+        for stale in folder.glob(".*.tmp"):
+            writer = stale.name.split(".")[-2]
+            if writer.isdecimal() and not psutil.pid_exists(int(writer)):  # killed while it wrote
+                stale.unlink()
         # Rewritten even if unchanged: it proves, before any long work, that the folder can be written to.
         _write(file, lambda target: target.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8"))
         return cls(folder)

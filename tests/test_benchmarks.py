@@ -204,3 +204,13 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     rows = json.loads((results / "memory.json").read_text(encoding="utf-8"))["rows"]
     table = importlib.import_module("table").markdown(memory.HEADER, map(memory.cells, rows))
     assert table in (pages / "memory.md").read_text(encoding="utf-8")
+
+
+def test_startup_compares_fresh_interpreters_and_fails_beyond_a_limit(run, folder, capsys):
+    code = run("startup.py", "--out", "startup.json", "--repeat", 1)
+    rows = {row["case"]: row for row in json.loads((folder / "startup.json").read_text())["rows"]}
+    assert rows["python"]["beyond"] is None and rows["import transformers"]["beyond"] > 0
+    exceeded = [name for name, row in rows.items() if row["limit"] is not None and row["beyond"] > row["limit"]]
+    assert code == bool(exceeded)
+    assert "| mobilequant --help |" in capsys.readouterr().out
+    assert str(folder) not in json.dumps(rows)

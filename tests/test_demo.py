@@ -2,7 +2,8 @@
 
 import pytest
 
-from examples.demo import PRESETS, RECIPES, Output
+from examples.demo import PRESETS, RECIPES, REPORTED, Output, show
+from optimum_mobilequant import cli
 from optimum_mobilequant.plan import PRESETS as KNOWN_PRESETS
 from optimum_mobilequant.recipes import RECIPES as KNOWN_RECIPES
 from tests import tiny
@@ -38,7 +39,22 @@ def test_a_second_run_replaces_what_the_first_wrote_and_nothing_else(tmp_path):
     assert after["w4a8/model.safetensors"] != before["w4a8/model.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["demo.json", "w8a8/model.safetensors", "w4a8/deep/notes.txt"])
+def test_the_end_says_what_was_made_where_and_what_to_try(tmp_path, capsys):
+    common = {"perplexity": 6.0, "bytes": 2_000_000, "minutes": 1.5}
+    rows = [common | {"preset": "float32", "recipe": "float", "gap": 0.0}]
+    rows += [common | {"preset": preset, "recipe": "mobilequant", "gap": 0.02} for preset in PRESETS]
+    show({"rows": rows, "sample": "def f(x):", "reload_bitwise": True, "seconds": 271.4}, tmp_path)
+    text = capsys.readouterr().out
+    for words in ("271 seconds", str(tmp_path), "2.0 MB", "+2.00%", "report.html", "def f(x):", "equal bit for bit"):
+        assert words in text, words
+    commands = [line.split()[1:] for line in text.partition("try next:")[2].strip().splitlines()]
+    assert len(commands) == 3
+    for words in commands:
+        assert cli.build_parser().parse_args(words).run_command
+    assert REPORTED in PRESETS
+
+
+@pytest.mark.parametrize("name", ["demo.json", "report.html", "w8a8/model.safetensors", "w4a8/deep/notes.txt"])
 def test_a_file_of_somebody_else_in_the_way_stops_the_demo(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,11 @@
 """The wheel: its content, its commands and the alias in optimum-cli."""
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from configparser import ConfigParser
@@ -116,3 +119,47 @@ def test_optimum_cli_lists_the_alias():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("quantize", "eval", "inspect", "doctor"))
+
+
+@pytest.fixture(scope="module")
+def clean(built, tmp_path_factory):
+    """An environment with this one's dependencies and nothing of this package but its wheel."""
+    folder = tmp_path_factory.mktemp("clean")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for item in Path(sysconfig.get_path("purelib")).iterdir():
+        if "mobilequant" in item.name or item.name == "__pycache__":
+            continue
+        if item.name == "optimum":  # the wheel adds a file to it
+            shutil.copytree(
+                item, site / item.name, ignore=shutil.ignore_patterns("register_mobilequant*", "__pycache__")
+            )
+        else:
+            (site / item.name).symlink_to(item)
+    (path,) = built[0].glob("*.whl")
+    install = ["install", "--no-deps", "--no-index", "--disable-pip-version-check", "--no-compile", str(path)]
+    command = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), *install]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def run_in(clean, *command):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(clean / "bin" / command[0]), *command[1:]]
+    done = subprocess.run(words, cwd=clean, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders of a virtual environment have other names there")
+def test_the_wheel_works_in_a_clean_environment(clean):
+    where = run_in(clean, "python", "-c", "import optimum_mobilequant; print(optimum_mobilequant.__file__)")
+    assert Path(where.strip()).is_relative_to(clean)
+    assert "w4a8" in run_in(clean, "mobilequant", "list", "presets")
+    listed = run_in(clean, "python", "-m", "optimum.commands.optimum_cli", "--help")
+    assert "mobilequant" in listed
+    text = run_in(clean, "python", "-m", "optimum.commands.optimum_cli", "mobilequant", "--help")
+    assert all(name in text for name in ("quantize", "eval", "report", "inspect", "doctor"))
+    kernels = list(clean.glob("lib/python*/site-packages/optimum_mobilequant/kernels/cpp/*.cpp"))
+    assert len(kernels) >= 3  # what is compiled on first use

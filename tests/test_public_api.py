@@ -1,6 +1,7 @@
 """What ``import optimum_mobilequant`` gives and does."""
 
 import importlib
+import inspect
 import json
 
 import pytest
@@ -26,6 +27,43 @@ NAMES = [
 def test_public_names():
     assert sorted(optimum_mobilequant.__all__) == NAMES
     assert dir(optimum_mobilequant) == NAMES
+
+
+# What callers may write. Parameters may be added with a default; one that goes or moves is a break: see "Deprecations"
+# in CONTRIBUTING.md.
+SIGNATURES = {
+    "compare": ("checkpoint", "text_or_ids"),
+    "export": ("checkpoint", "target", "out"),
+    "inspect_checkpoint": ("path",),
+    "perplexity": ("model", "tokenizer", "text_or_ids"),
+    "push": ("checkpoint", "repo_id"),
+    "quantize": ("model", "tokenizer", "config"),
+    "set_backend": ("model", "name"),
+}
+KEYWORDS = {
+    "compare": {"onnx", "float_model", "float32", "htp", "seq_len", "batch_size"},
+    "perplexity": {"seq_len", "bos", "prefix", "batch_size", "progress"},
+    "push": {"private"},
+    "quantize": {"run_dir"},
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_pinned(name):
+    parameters = inspect.signature(getattr(optimum_mobilequant, name)).parameters.values()
+    positional = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    assert positional[: len(SIGNATURES[name])] == SIGNATURES[name]
+    assert all(p.default is not p.empty for p in parameters if p.name not in SIGNATURES[name])
+    assert {p.name for p in parameters} >= KEYWORDS.get(name, set())
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+
+
+def test_every_name_is_pinned():
+    assert {*SIGNATURES, "MobileQuantConfig", "__version__"} == set(NAMES)
+    options = inspect.signature(optimum_mobilequant.MobileQuantConfig).parameters
+    assert list(options)[0] == "preset" and {"dataset", "recipe", "effort", "seed", "overrides", "bits"} <= set(
+        options
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

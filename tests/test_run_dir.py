@@ -177,6 +177,19 @@ def test_interrupted_write_is_invisible(folder, monkeypatch):
     assert names(folder) == ["fingerprint.json"]
 
 
+def test_a_killed_process_leaves_no_rubbish_for_long(folder):
+    import subprocess
+
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = folder.path / f".30_learn.safetensors.{dead.pid}.tmp"
+    own = folder.path / f".30_learn.safetensors.{os.getpid()}.tmp"
+    for path in (stale, own):
+        path.write_bytes(b"half")
+    RunDirectory.open(folder.path, FINGERPRINT)
+    assert not stale.exists() and own.exists()
+
+
 @pytest.fixture(scope="module")
 def base():
     return fingerprint_of(model(), "data", {"seed": 0, "run_dir": "here"})

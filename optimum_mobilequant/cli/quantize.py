@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import glob
 import json
 import os
 import shlex
@@ -82,6 +83,7 @@ def run_command(args: argparse.Namespace) -> int:
     parameters = model.num_parameters()
     model = quantize(model.to(device), tokenizer, config, run_dir=args.run_dir)
     staged = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    _remove_unfinished(out)
     staged.mkdir(parents=True)
     try:
         model.save_pretrained(staged)
@@ -99,6 +101,16 @@ def run_command(args: argparse.Namespace) -> int:
     print(summary(stored.get("recorded") or {}, size, parameters, out))
     print(f"next: mobilequant report {shlex.quote(str(out))} --text FILE --out report.html")
     return 0
+
+
+def _remove_unfinished(out: Path) -> None:
+    """What a process left that was killed while it saved."""
+    import psutil
+
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        pid = left.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def field(text: str) -> tuple[str, Any]:
