@@ -55,10 +55,10 @@ def _families() -> list[Row]:
 
 
 def _backends() -> list[Row]:
-    from optimum_mobilequant.kernels.registry import BACKENDS, unavailable
+    from optimum_mobilequant.kernels.registry import BACKENDS
 
     def here(name: str) -> str:
-        return f" (not here: {reason})" if (reason := unavailable(name)) else ""
+        return f" (not here: {reason})" if (reason := BACKENDS[name].available()) else ""
 
     return [(name, backend.summary + here(name)) for name, backend in BACKENDS.items()]
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..log import progress_bar
+from ..log import get_logger, progress_bar
+
+logger = get_logger(__name__)
 
 # Rates fall along a cosine to this share of their start (paper: 1e-3 -> 1e-4).
 FINAL_RATE = 0.1
@@ -133,7 +135,8 @@ def learn_end_to_end(
             loss = loss_of(ids)
             loss.backward()
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower the learning rates")
+                where = first_broken(student, loss_of, ids)
+                raise FloatingPointError(f"loss is {loss.item()} at step {step}{where}; lower the learning rates")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             learnables.clamp()
@@ -154,7 +157,33 @@ def learn_end_to_end(
                     snapshot(*_snapshot({"now": now, "mean": mean, "best": best}, optimizer, done, result))
     learnables.load_state_dict(best)
     result.seconds = time.monotonic() - started
+    logger.info(
+        f"{description}: validation loss {result.start:.4g} -> {result.best:.4g}, best at step {result.best_step} "
+        f"of {steps}; {result.seconds:.0f} s"
+    )
     return result
+
+
+@torch.no_grad()
+def first_broken(student: nn.Module, loss_of: Loss, ids: Tensor) -> str:
+    """The first module of the data flow whose output holds NaN or plus infinity, as ``", first in NAME"``; else ""."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            # masked scores are minus infinity
+            if not found and isinstance(output, Tensor) and not bool((output < torch.inf).all()):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in student.named_modules() if name]
+    try:
+        loss_of(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first in {found[0]}" if found else ""
 
 
 @torch.no_grad()
