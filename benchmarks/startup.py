@@ -46,17 +46,6 @@ CASES = {
     "import optimum_mobilequant": Case(_code("import optimum_mobilequant"), "python", 0.3),
     "mobilequant --help": Case((*_CLI, "--help"), "python", 0.5),
     "mobilequant quantize --help": Case((*_CLI, "quantize", "--help"), "python", 0.5),
-    "mobilequant list presets": Case((*_CLI, "list", "presets"), "python"),
-    "from transformers import AutoModelForCausalLM": Case(
-        _code("from transformers import AutoModelForCausalLM"), "python"
-    ),
-    "the same, then MobileQuantConfig('w4a8')": Case(
-        _code(
-            "from transformers import AutoModelForCausalLM\n"
-            "from optimum_mobilequant import MobileQuantConfig\nMobileQuantConfig('w4a8')"
-        ),
-        "from transformers import AutoModelForCausalLM",
-    ),
 }
 
 

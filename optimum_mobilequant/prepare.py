@@ -97,7 +97,7 @@ class Prepared:
         estimate += held_memory(self.config.device or self._device, self.model)
         self.recorded["memory_estimate_bytes"] = estimate
         minutes = self._minutes()
-        self.recorded["minutes_estimate"] = round(minutes, 3)
+        self.recorded["minutes_estimate"] = round(minutes, 4)
         logger.info(
             f"this run takes {in_words(minutes)} (by one timed forward pass) and about {estimate / 2**30:.2f} GiB of "
             f"memory; {self.data.description}"

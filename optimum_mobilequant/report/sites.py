@@ -133,7 +133,9 @@ class _Histogram:
     def __call__(self, module: Any, args: tuple[Tensor], output: Tensor) -> None:
         for counts, x in ((self.before, args[0]), (self.after, output)):
             values = x.detach().float().flatten()
-            counts += torch.histc(values[torch.isfinite(values)], BINS, self.low, self.high)
+            # what was rounded to an end of the range may lie beyond it by a rounding of float32
+            seen = values[torch.isfinite(values)].clamp(self.low, self.high)
+            counts += torch.histc(seen, BINS, self.low, self.high)
 
     def result(self) -> dict[str, Any]:
         before, after = (counts.int().tolist() for counts in (self.before, self.after))

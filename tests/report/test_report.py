@@ -157,7 +157,8 @@ def test_errors_of_sites_are_those_of_a_computation_by_hand(folder, report):
     # the distribution is counted on the first two windows
     counts, first = report.sites.histograms[name], before[: before.numel() // 2]
     bins = torch.histc(first.float(), 48, counts["low"], counts["high"])
-    assert counts["before"] == bins.int().tolist() and sum(counts["after"]) == first.numel()
+    moved = (torch.tensor(counts["before"]) - bins).abs().sum()  # a batch sums in another order
+    assert moved <= 4 and sum(counts["before"]) == sum(counts["after"]) == first.numel()
     assert report.sites.histograms.keys() == report.sites.sites.keys()
 
 
