@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder / "checkpoint")
     (folder / "text.txt").write_text(TEXT)
-    (folder / "ladder.json").write_text(json.dumps(LADDER))
+    (folder / "rungs.json").write_text(json.dumps(LADDER))
     return folder
 
 
@@ -56,7 +56,7 @@ def report(folder):
     return collect_report(
         folder / "checkpoint",
         run_dir=folder / "run",
-        ladder=folder / "ladder.json",
+        ladder=folder / "rungs.json",
         text=TEXT,
         seq_len=16,
         tokens=64,
