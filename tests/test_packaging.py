@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from optimum_mobilequant import doctor
-
 ROOT = Path(__file__).parent.parent
 ALIAS = "optimum/commands/register/register_mobilequant.py"
 
@@ -112,15 +110,6 @@ def test_the_alias_adds_the_same_commands(wheel, tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
-def test_optimum_cli_lists_the_alias():
-    if doctor._optimum_cli_file() is None:
-        pytest.skip("the package is not installed with pip here, so optimum-cli does not know it")
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "mobilequant", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("quantize", "eval", "inspect", "doctor"))
-
-
 @pytest.fixture(scope="module")
 def clean(built, tmp_path_factory):
     """An environment with this one's dependencies and nothing of this package but its wheel."""
@@ -156,9 +145,7 @@ def run_in(clean, *command):
 def test_the_wheel_works_in_a_clean_environment(clean):
     where = run_in(clean, "python", "-c", "import optimum_mobilequant; print(optimum_mobilequant.__file__)")
     assert Path(where.strip()).is_relative_to(clean)
-    assert "w4a8" in run_in(clean, "mobilequant", "list", "presets")
-    listed = run_in(clean, "python", "-m", "optimum.commands.optimum_cli", "--help")
-    assert "mobilequant" in listed
+    assert "quantize" in run_in(clean, "mobilequant", "--help")
     text = run_in(clean, "python", "-m", "optimum.commands.optimum_cli", "mobilequant", "--help")
     assert all(name in text for name in ("quantize", "eval", "report", "inspect", "doctor"))
     kernels = list(clean.glob("lib/python*/site-packages/optimum_mobilequant/kernels/cpp/*.cpp"))
