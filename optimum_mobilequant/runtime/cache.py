@@ -114,6 +114,10 @@ class IntegerCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, by the name that the oldest supported transformers asks for."""
+        return self.get_max_length()
+
     def reset(self) -> None:
         self.keys = self.values = self.key_sums = None
         self.is_initialized, self.length, self.front = False, 0, 0
