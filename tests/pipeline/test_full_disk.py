@@ -61,7 +61,7 @@ def test_a_disk_that_is_really_full_keeps_earlier_stages_and_the_same_call_goes_
     there = sorted(path.name for path in folder.iterdir())
     assert {"10_calibrate.safetensors", "20_transform.safetensors", "fingerprint.json"} <= set(there)
     assert "40_pack.safetensors" not in there and not [name for name in there if name.endswith(".tmp")]
-    stages = {name: (folder / name).read_bytes() for name in there}
+    stages = {name: (folder / name).read_bytes() for name in there if name < "25"}
     subprocess.run(["mount", "-o", "remount,size=16m", str(folder)], check=True)
     model, _ = run(folder=folder)
     assert all((folder / name).read_bytes() == content for name, content in stages.items())
