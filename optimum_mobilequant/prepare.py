@@ -94,12 +94,14 @@ class Prepared:
         lacking = shortage(self.plan, self.settings, estimate - present, available_memory(self.model.device))
         if lacking:
             logger.warning(lacking)
-        estimate += held_memory(self.config.device or self._device, self.model)
         self.recorded["memory_estimate_bytes"] = estimate
+        # as peak_memory counts: the interpreter with its libraries, too
+        peak = estimate + held_memory(self.config.device or self._device, self.model)
+        self.recorded["peak_memory_estimate_bytes"] = peak
         minutes = self._minutes()
         self.recorded["minutes_estimate"] = round(minutes, 4)
         logger.info(
-            f"this run takes {in_words(minutes)} (by one timed forward pass) and about {estimate / 2**30:.2f} GiB of "
+            f"this run takes {in_words(minutes)} (by one timed forward pass) and about {peak / 2**30:.2f} GiB of "
             f"memory; {self.data.description}"
         )
         return self

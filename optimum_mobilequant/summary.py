@@ -32,7 +32,7 @@ def summary(recorded: Mapping[str, Any], size: int, parameters: int, place: obje
     rows.append(("size", f"{size / 1e6:,.1f} MB, {share:.0%} of {2 * parameters / 1e6:,.1f} MB in bfloat16"))
     for name, measured, estimate, unit in (
         ("minutes", "minutes", "minutes_estimate", 1.0),
-        ("peak memory, GiB", "peak_memory_bytes", "memory_estimate_bytes", 2**30),
+        ("peak memory, GiB", "peak_memory_bytes", "peak_memory_estimate_bytes", 2**30),
     ):
         if recorded.get(measured) is not None:
             before = recorded.get(estimate)

@@ -104,7 +104,9 @@ def _sizes(report: Report) -> tuple[tuple[str, ...], ...]:
     if "minutes" in recorded:
         rows.append(("minutes of the run", _beside(recorded, "minutes", "minutes_estimate", "{:.1f}".format)))
     if "peak_memory_bytes" in recorded:
-        rows.append(("peak memory of the run", _beside(recorded, "peak_memory_bytes", "memory_estimate_bytes", size)))
+        rows.append(
+            ("peak memory of the run", _beside(recorded, "peak_memory_bytes", "peak_memory_estimate_bytes", size))
+        )
     if "data" in recorded:
         rows.append(("calibration", str(recorded["data"])))
     return tuple(rows)
