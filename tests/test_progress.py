@@ -54,7 +54,7 @@ def test_every_stage_has_a_bar_with_the_time_left_and_the_estimate_comes_first(s
     places = [text.find("this run takes"), *(text.find(f"{stage}: ") for stage in stages)]
     assert -1 not in places and places == sorted(places), list(zip(["estimate", *stages], places, strict=True))
     assert re.search(r"\d\d:\d\d<(\?|\d\d:\d\d)", text)  # elapsed < left
-    assert recorded["minutes_estimate"] > 0 and recorded["memory_estimate_bytes"] > 2**20
+    assert recorded["minutes_estimate"] > 0 and recorded["peak_memory_estimate_bytes"] > 2**20
 
 
 def test_transformers_switches_turn_bars_and_lines_off(shown):

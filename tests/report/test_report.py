@@ -251,15 +251,16 @@ def test_the_ladder_is_shown_by_name_with_what_was_refused(folder, report, tmp_p
 def test_the_run_again_is_the_run(report):
     words = shlex.split(report.rerun)
     args = cli.build_parser().parse_args(words[1:])
-    assert (args.model, args.preset, args.recipe, args.effort, args.dataset) == (
+    assert (args.model, args.preset, args.recipe or "mobilequant", args.effort, args.dataset) == (
         "MODEL",
         "w8a8",
-        None,
+        "mobilequant",
         "light",
         "FILE",
     )
     stored = {key: value for key, value in report.settings.items() if key != "dataset"}
     again = {"preset": args.preset, "effort": args.effort, **dict(args.fields)}
+    again |= {"recipe": args.recipe} if args.recipe else {}
     assert MobileQuantConfig.from_dict(again).to_dict() == MobileQuantConfig.from_dict(stored).to_dict()
 
 
