@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...numerics.groups import spread
 from ..reference import pack_multiplier
 from ..spec import Call, LinearSpec, Packed, Weights
 from . import layout
@@ -51,6 +52,15 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     zero = None if weights.zero_point is None else weights.zero_point.to(torch.int32).contiguous()
     workspace_of(weights.codes.device)  # made now: a CUDA graph may be captured before the layer is called
     return Packed(packed, bias, pack_multiplier(weights.real_factor(spec.output), spec.output), zero, 0)
+
+
+def unpack(spec: LinearSpec, packed: Packed) -> Tensor:
+    """The codes that :func:`pack` was given; of a weight with groups their products, as ``Weights.codes``."""
+    shape = (spec.out_features, spec.in_features)
+    if spec.group:
+        nibbles, multiplier = layout.unpack_grouped(packed.weight, *shape, spec.group)
+        return nibbles * spread(multiplier, spec.group, spec.in_features).to(torch.int8)
+    return (layout.unpack_nibbles if spec.weight_bits == 4 else layout.unpack_bytes)(packed.weight, *shape)
 
 
 def run(call: Call) -> Tensor:

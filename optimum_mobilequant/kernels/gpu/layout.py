@@ -35,6 +35,11 @@ def pack_bytes(codes: Tensor) -> Tensor:
     return _blocks(codes, BLOCK).contiguous()
 
 
+def unpack_bytes(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The codes that :func:`pack_bytes` packed, int8 ``[out, in]``."""
+    return packed.permute(1, 0, 2).flatten(1)[:out_features, :in_features].contiguous()
+
+
 def pack_nibbles(codes: Tensor, *, group: int = 0) -> Tensor:
     """4-bit codes: int8 ``[out, in]`` in [-8, 7] -> int8 ``[blocks, out (padded), block / 2]``, two's complement."""
     return _pair(_blocks(codes, block_of(group)))
@@ -51,7 +56,7 @@ def unpack_nibbles(packed: Tensor, out_features: int, in_features: int, *, unsig
     codes = torch.cat([low, high], dim=-1)
     if unsigned:
         codes = (codes & 15) - 8
-    return codes.permute(1, 0, 2).reshape(packed.shape[1], -1)[:out_features, :in_features].contiguous()
+    return unpack_bytes(codes, out_features, in_features)
 
 
 def pack_groups(values: Tensor, in_features: int, group: int) -> Tensor:
@@ -72,6 +77,13 @@ def pack_grouped(nibbles: Tensor, multiplier: Tensor, group: int) -> Tensor:
     more = padded(len(factors), packed.shape[2])
     factors = F.pad(factors, (0, 0, 0, more - len(factors))).view(-1, *packed.shape[1:])
     return torch.cat([packed, factors])
+
+
+def unpack_grouped(packed: Tensor, out_features: int, in_features: int, group: int) -> tuple[Tensor, Tensor]:
+    """Nibbles, int8 ``[out, in]``, and multipliers, uint8 ``[out, groups]``, that :func:`pack_grouped` packed."""
+    blocks = padded(in_features, block_of(group)) // block_of(group)
+    factors = packed[blocks:].view(torch.uint8).view(-1, packed.shape[1])[: -(-in_features // group), :out_features]
+    return unpack_nibbles(packed[:blocks], out_features, in_features), factors.t().contiguous()
 
 
 def _blocks(codes: Tensor, block: int) -> Tensor:

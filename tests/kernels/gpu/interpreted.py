@@ -11,12 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_mobilequant import quantize, set_backend
 from optimum_mobilequant.kernels import Output, prepare
 from optimum_mobilequant.kernels.gpu import autotune, configs, layout, linear, real_linear
 from optimum_mobilequant.kernels.gpu.configs import Config
 from optimum_mobilequant.kernels.gpu.workspace import workspace_of
 from optimum_mobilequant.kernels.weight_only import DECODES, prepare_weight_only
+from optimum_mobilequant.nn import QuantLinear
+from optimum_mobilequant.runtime import served
 from tests.kernels.layers import OUTPUTS, make
+from tests.tiny import build, config, logits_of
 
 # Columns: fewer than a block, one more than a block, several parts of a split. Rows: decode, several tiles, prefill.
 SHAPES = [(1, 1, 1), (5, 70, 129), (17, 65, 1100), (33, 7, 128), (70, 130, 200)]
@@ -282,3 +286,18 @@ def test_tuning_measures_keeps_and_uses(tmp_path, monkeypatch):
     assert autotune.best("w4a8", 40, 300, 20, CPU) != fastest and autotune.best("w8a8", 40, 300, 2, CPU) != fastest
     assert torch.equal(run(layer.x).long(), layer.totals())
     autotune._known.cache_clear()
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w4a8-asym", "w4a8-g128"])
+def test_a_model_keeps_packed_codes_alone(preset):
+    model = quantize(build("llama-gqa"), None, config(preset))
+    set_backend(model, "reference")
+    stored, expected = {k: t.clone() for k, t in model.state_dict().items()}, logits_of(model)
+    set_backend(model, "triton")
+    assert {layer.backend for layer in served(model)} == {"triton"}
+    for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
+        assert layer.weight.holder is layer.kernel
+        assert sum(codes.numel() for codes in layer.weight.parameters()) == 0
+    now = model.state_dict()
+    assert now.keys() == stored.keys() and all(torch.equal(tensor, stored[key]) for key, tensor in now.items())
+    assert torch.equal(logits_of(model), expected)

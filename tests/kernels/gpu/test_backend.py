@@ -11,6 +11,7 @@ from optimum_mobilequant.kernels import LinearSpec, Output, choose, gpu, prepare
 from optimum_mobilequant.kernels.gpu import autotune, configs, device, layout
 from optimum_mobilequant.kernels.gpu import workspace as workspaces
 from optimum_mobilequant.kernels.gpu.configs import Config, cut
+from optimum_mobilequant.kernels.spec import Groups, Weights
 from tests.kernels.layers import OUTPUTS, make
 
 CPU = torch.device("cpu")
@@ -121,6 +122,28 @@ def test_packed_nibbles_come_back(shape, group):
     unsigned = layout.pack_unsigned_nibbles(codes, group=group)
     assert torch.equal(layout.unpack_nibbles(unsigned, *shape, unsigned=True), codes)
     assert not torch.equal(layout.unpack_nibbles(packed ^ 1, *shape), codes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20, 128), (130, 300)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [0, *layout.GROUPS])
+def test_the_codes_come_back_from_a_packed_layer(shape, bits, group):
+    rows, columns = shape
+    layer = make(1, rows, columns, bits=4 if group else bits, symmetric=bool(group))
+    codes, groups = layer.codes, None
+    if group:
+        if bits == 8:
+            pytest.skip("groups are for 4-bit weights")
+        factors = torch.randint(1, 17, (rows, -(-columns // group)), dtype=torch.uint8)
+        groups = Groups(layer.codes, factors)
+        codes = layer.codes * factors.repeat_interleave(group, 1)[:, :columns].to(torch.int8)
+    weights = Weights(codes, layer.scale, layer.zero_point, layer.bias, 0.02, 128, groups)
+    described = spec(weight_bits=bits, in_features=columns, out_features=rows, group=group)
+    packed = gpu.pack(described, weights)
+    found = gpu.unpack(described, packed)
+    assert found.dtype == torch.int8 and found.is_contiguous() and torch.equal(found, codes)
+    packed.weight[0, 0, 0] ^= 1
+    assert not torch.equal(gpu.unpack(described, packed), codes)
 
 
 def test_a_byte_holds_a_column_and_the_one_half_a_block_on():
