@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..numerics.fake import compiled_passes
 from ..numerics.product import product
 from .formats import FormatWeight
 from .quantizer import Quantizer
@@ -153,12 +154,16 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, gain = ctx.saved_tensors
-        normal, scaled = x * inverse, grads[0] * gain
-        grad_x = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * inverse
+        compiled = compiled_passes(x, inverse.new_ones(())) if x.is_contiguous() and gain.is_contiguous() else None
+        if compiled is not None:
+            grad_x, grad_gain = compiled.norm_backward(grads[0].contiguous(), x, inverse, gain)
+        else:
+            normal, scaled = x * inverse, grads[0] * gain
+            grad_x = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * inverse
+            grad_gain = (grads[0] * normal).flatten(0, -2).sum(0)
         if ctx.centre:
             grad_x = grad_x - grad_x.mean(-1, keepdim=True)
-        grad_gain = (grads[0] * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_gain, None, None
+        return grad_x, grad_gain if ctx.needs_input_grad[1] else None, None, None
 
 
 class QuantEmbedding(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import dequantize, fake_quantize_offset, fake_quantize_weight, quantize, weight_qparams
-from ..numerics.fake import clipped_range, rescale
+from ..numerics.fake_weight import clipped_range, rescale
 from ..numerics.groups import fake_quantize_groups, group_units, spread, two_levels
 from ..plan import WeightRule, WeightSpec
 from .matrix import MatrixUse

@@ -9,14 +9,17 @@ form, :func:`.attention.quantized_attention`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..numerics.fake import snap_
+from ..numerics.fake import codes_of, compiled_passes, snap_
 from ..numerics.product import product
 from ..numerics.qparams import Grid
+
+if TYPE_CHECKING:
+    from ..kernels.tuning import Codes, Passes
 
 
 @dataclass(frozen=True)
@@ -65,43 +68,76 @@ class _Attention(torch.autograd.Function):
         probabilities: Encoding,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
-        ctx.rest = scaling, scores, probabilities
+        ctx.rounding = _Rounding.of(scaling, scores, probabilities)
         out = torch.empty(query.shape, dtype=query.dtype)
-        for b, head, rows in _slices(query, key):
-            q, k, v = query[b, rows].flatten(0, 1), key[b, head], value[b, head]
-            p = _rounded(_probabilities(q, k, mask, b, scaling, scores), probabilities)
-            out[b, rows] = product(p, v.t()).view_as(query[b, rows])
+        parts = (_slices(t, key) for t in (query, key, value, out))
+        for visible, q, k, v, o in zip(_visible(mask, key), *parts, strict=True):
+            o.copy_(product(ctx.rounding.probabilities(q, k, visible, rounded=True), v.t()))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        scaling, scores, probabilities = ctx.rest
-        grad_query, grad_key, grad_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
-        for b, head, rows in _slices(query, key):
-            q, k, v = query[b, rows].flatten(0, 1), key[b, head], value[b, head]
-            grad = grads[0][b, rows].flatten(0, 1)
-            p = _probabilities(q, k, mask, b, scaling, scores)
-            slope = torch.ops.aten._softmax_backward_data(product(grad, v), p, -1, p.dtype).mul_(scaling)
-            grad_value[b, head] = product(_rounded(p, probabilities).t(), grad.t())
-            grad_query[b, rows] = product(slope, k.t()).view_as(query[b, rows])
-            grad_key[b, head] = product(slope.t(), q.t())
-        return grad_query, grad_key, grad_value, None, None, None, None
+        found = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
+        parts = (_slices(t, key) for t in (query, key, value, grads[0], *found))
+        for visible, q, k, v, grad, grad_q, grad_k, grad_v in zip(_visible(mask, key), *parts, strict=True):
+            p = ctx.rounding.probabilities(q, k, visible)
+            slope, p = ctx.rounding.slope(product(grad, v), p)
+            grad_v.copy_(product(p.t(), grad.t()))
+            grad_q.copy_(product(slope, k.t()))
+            grad_k.copy_(product(slope.t(), q.t()))
+        return *found, None, None, None, None
 
 
-def _slices(query: Tensor, key: Tensor) -> list[tuple[int, int, slice]]:
-    """(sequence, KV head, its query heads)."""
-    groups = query.shape[1] // key.shape[1]
-    return [(b, h, slice(h * groups, (h + 1) * groups)) for b in range(len(query)) for h in range(key.shape[1])]
+def _slices(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """``x`` by sequence and KV head, ``[rows, head_dim]`` each; with ``x`` of queries, those of all its heads."""
+    return x.reshape(len(key) * key.shape[1], -1, x.shape[-1]).unbind()
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, b: int, scaling: float, encoding: Encoding) -> Tensor:
-    scores = _rounded(product(q, k).mul_(scaling), encoding)
-    if mask is not None:
-        visible = mask[b if len(mask) > 1 else 0, 0]
-        scores.view(-1, *visible.shape).add_(visible)
-    return torch.softmax(scores, dim=-1)
+def _visible(mask: Tensor | None, key: Tensor) -> list[Tensor | None]:
+    """The mask of each slice, ``[length, keys]``."""
+    batch, heads = key.shape[:2]
+    if mask is None:
+        return [None] * (batch * heads)
+    planes = [plane.contiguous() for plane in mask[:, 0]]
+    return [planes[b if len(planes) > 1 else 0] for b in range(batch) for _ in range(heads)]
 
 
-def _rounded(x: Tensor, encoding: Encoding) -> Tensor:
+@dataclass(frozen=True)
+class _Rounding:
+    """The elementwise work on a slice, compiled where that is possible."""
+
+    scaling: float
+    scores: Encoding
+    rounded: Encoding
+    codes: tuple[Codes, Codes]
+    compiled: Passes | None
+
+    @classmethod
+    def of(cls, scaling: float, scores: Encoding, probabilities: Encoding) -> _Rounding:
+        codes = [codes_of(e.scale, e.zero_point, e.grid) for e in (scores, probabilities)]
+        return cls(scaling, scores, probabilities, (codes[0], codes[1]), compiled_passes(scores.scale, scores.scale))
+
+    def probabilities(self, q: Tensor, k: Tensor, visible: Tensor | None, *, rounded: bool = False) -> Tensor:
+        """Of rounded and masked scores."""
+        scores = product(q, k)
+        if self.compiled is not None:
+            own = self.codes[1] if rounded else None
+            return self.compiled.probabilities_(scores, visible, self.scaling, self.codes[0], own)
+        scores = _snap(scores.mul_(self.scaling), self.scores)
+        if visible is not None:
+            scores.view(-1, *visible.shape).add_(visible)
+        p = torch.softmax(scores, dim=-1)
+        return _snap(p, self.rounded) if rounded else p
+
+    def slope(self, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the scores from that of the probabilities ``p``; and these, rounded. Both are used up."""
+        if self.compiled is not None:
+            self.compiled.slope_(p, grad, self.scaling, self.codes[1])
+            return grad, p
+        slope = torch.ops.aten._softmax_backward_data(grad, p, -1, p.dtype).mul_(self.scaling)
+        return slope, _snap(p, self.rounded)
+
+
+def _snap(x: Tensor, encoding: Encoding) -> Tensor:
     return snap_(x, encoding.scale, encoding.zero_point, encoding.grid)

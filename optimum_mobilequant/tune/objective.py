@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..numerics.fake import compiled_passes
 from ..numerics.product import product
 from ..numerics.recompute import recomputing
 from ..plan import Plan
@@ -53,15 +54,21 @@ class _KLTopK(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=student.device)
         slope = torch.empty_like(student, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        compiled = compiled_passes(student, total) if top_k >= student.shape[-1] else None
         for start in range(0, len(student), _BLOCK):
             s, t = student[start : start + _BLOCK], teacher[start : start + _BLOCK]
-            log_p = F.log_softmax((t if head is None else head(t)).float(), dim=-1)
-            log_q = F.log_softmax(s.float(), dim=-1)
+            t = (t if head is None else head(t)).float()
             out = None if slope is None else slope[start : start + _BLOCK]
+            if compiled is not None and s.is_contiguous():
+                total += compiled.divergence(s, t.contiguous(), out)
+                continue
+            log_p, log_q = F.log_softmax(t, dim=-1), F.log_softmax(s.float(), dim=-1)
             if top_k >= log_p.shape[-1]:
+                p = log_p.exp()
                 if out is not None:
                     torch.exp(log_q, out=out)
-                    out.sub_(log_p.exp())
+                    out.sub_(p)
+                total += p.mul_(log_p.sub_(log_q)).sum()  # kl_div, with the exponential at hand
             else:
                 log_p, index = log_p.topk(top_k, dim=-1)
                 heads_q = log_q.gather(-1, index)
@@ -70,7 +77,7 @@ class _KLTopK(torch.autograd.Function):
                     torch.exp(log_q, out=out)
                     out.mul_(1 - (rest_p - rest_q).exp()).scatter_(-1, index, heads_q.exp() - log_p.exp())
                 log_p, log_q = torch.cat([log_p, rest_p], dim=-1), torch.cat([heads_q, rest_q], dim=-1)
-            total += F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+                total += F.kl_div(log_q, log_p, log_target=True, reduction="sum")
         ctx.save_for_backward(slope)
         ctx.dtype = student.dtype
         return total / len(student)

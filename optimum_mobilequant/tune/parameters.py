@@ -14,7 +14,8 @@ from ..nn.matrix import Matrix
 from ..nn.modules import QuantLinear
 from ..nn.tunable import LogScale, TunableWeight
 from ..numerics.adpq import CLIP_POWER, CLIP_SHARES, row_quantile
-from ..numerics.fake import clipped_range, round_straight_through
+from ..numerics.fake import round_straight_through
+from ..numerics.fake_weight import clipped_range
 from ..numerics.groups import group_units
 from ..numerics.qparams import (
     SMALLEST_RANGE,

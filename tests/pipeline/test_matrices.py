@@ -154,7 +154,7 @@ def test_gradient_checkpointing_changes_no_bit():
 def test_a_prefix_follows_the_matrices(monkeypatch):
     """Its keys and values in the cache are those of the changed weights; the run refuses any others."""
     from optimum_mobilequant.nn.tunable import TunableWeight
-    from optimum_mobilequant.numerics.fake import rescale
+    from optimum_mobilequant.numerics.fake_weight import rescale
 
     sites = [*MIX, "q_k_rotation", "v_o_dense"]
     options = {"prefix": [1, 5], "recipe": "mobilequant", "rotate": "r1", "transforms": sites, "steps": 2}
