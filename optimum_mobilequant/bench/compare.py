@@ -62,6 +62,26 @@ class Speed:
         return found
 
 
+@dataclass
+class Measured:
+    """Speeds of all contenders, and the ratios of the checkpoint's to each peer's."""
+
+    speeds: dict[str, Speed]
+    ratios: dict[str, dict[str, float]]
+
+    def add(self, group: dict[str, Speed]) -> None:
+        """Take in contenders that were measured together, the checkpoint among them."""
+        own = group.pop(OURS)
+        self.ratios |= {name: own.ratios(peer) for name, peer in group.items()}
+        if (known := self.speeds.get(OURS)) is None:
+            self.speeds[OURS] = own
+        else:
+            known.prefill += own.prefill
+            known.decode += own.decode
+            known.peak_bytes = max(known.peak_bytes or 0, own.peak_bytes or 0) or None
+        self.speeds |= group
+
+
 def compare_speed(
     folder: str | Path,
     against: Sequence[str] = ("bf16",),
@@ -71,20 +91,23 @@ def compare_speed(
     repeat: int = 5,
     threads: int | None = None,
     seed: int = 0,
+    apart: bool = False,
 ) -> dict[str, Any]:
     """Time a quantized checkpoint and its peers on the CPU, by turns, in random order within each repetition.
 
-    All contenders are in memory at once. Prompts are random tokens. Float peers run the checkpoint's rounded weights.
+    Prompts are random tokens. Float peers run the checkpoint's rounded weights.
 
     Args:
         folder: a checkpoint of this package. against: names of :data:`.peers.PEERS`.
         prompt: tokens that are read at once. tokens: tokens that are written, one by one, after each prompt.
         repeat: repetitions that count; one before them does not.
         threads: of torch and of ONNX Runtime; None keeps torch's.
+        apart: the checkpoint and one peer after the other, so that no more than two models are in memory; otherwise
+            all contenders are at once.
 
     Returns:
-        ``contenders`` (name -> :meth:`Speed.summary`), ``ratios`` (peer -> :meth:`Speed.ratios` of the checkpoint) and
-        the conditions.
+        ``contenders`` (name -> :meth:`Speed.summary`), ``ratios`` (peer -> :meth:`Speed.ratios` of the checkpoint, by
+        the turns that both took) and the conditions.
 
     Raises:
         ValueError: a folder without a checkpoint of this package; an unknown peer; more tokens than positions.
@@ -100,10 +123,14 @@ def compare_speed(
     try:
         with tempfile.TemporaryDirectory(prefix="mobilequant-bench-") as scratch:
             subject = Subject(folder, bits, Path(scratch), prompt, tokens, threads or before)
-            runners: dict[str, Runner] = {OURS: TransformersRunner(load(folder))}
-            for name in progress_bar(against, "load"):
-                runners[name] = PEERS[name].make(subject)
-            speeds = _measure(runners, _vocabulary(folder), subject, repeat, seed)
+            ours, speeds = TransformersRunner(load(folder)), Measured({}, {})
+            groups = [[name] for name in against] if apart else [list(against)]
+            for group in groups:
+                runners: dict[str, Runner] = {OURS: ours}
+                for name in progress_bar(group, "load"):
+                    runners[name] = PEERS[name].make(subject)
+                speeds.add(_measure(runners, _vocabulary(folder), subject, repeat, seed))
+                del runners
     finally:
         torch.set_num_threads(before)
     return {
@@ -114,8 +141,9 @@ def compare_speed(
         "repeat": repeat,
         "threads": threads or before,
         "load_average": [load_before, os.getloadavg()[0]],
-        "contenders": {name: speed.summary() for name, speed in speeds.items()},
-        "ratios": {name: speeds[OURS].ratios(speeds[name]) for name in against},
+        "apart": apart,
+        "contenders": {name: speed.summary() for name, speed in speeds.speeds.items()},
+        "ratios": {name: speeds.ratios[name] for name in against},
     }
 
 

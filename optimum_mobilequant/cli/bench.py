@@ -15,12 +15,13 @@ def register(add: AddCommand) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a quantized model")
     parser.add_argument(
         "--against", default="bf16", metavar="NAMES", help="peers, separated by commas: bf16 (the default), "
-        "bf16-compile, quanto, torchao, onnxruntime",
+        "fp32, bf16-compile, quanto, torchao, torchao-int8, torchao-int4, onnxruntime, onnxruntime-int4",
     )  # fmt: skip
     parser.add_argument("--prompt", type=positive, default=256, metavar="N", help="tokens that are read (256)")
     parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="tokens that are written (32)")
     parser.add_argument("--repeat", type=positive, default=5, metavar="N", help="repetitions (5)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (torch's default)")
+    parser.add_argument("--apart", action="store_true", help="one peer at a time: at most two models in memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -30,7 +31,7 @@ def run_command(args: argparse.Namespace) -> int:
     names = [name for name in args.against.split(",") if name]
     check_installed(names)
     sizes = {name: getattr(args, name) for name in ("prompt", "tokens", "repeat", "threads")}
-    found = compare_speed(check_model(args.checkpoint), names, **sizes)
+    found = compare_speed(check_model(args.checkpoint), names, **sizes, apart=args.apart)
     if args.json:
         print_json(found)
     else:
@@ -43,7 +44,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['threads']} threads, {found['prompt']} tokens read, {found['tokens']} written, median of "
         f"{found['repeat']}, by turns; in brackets: {next(iter(found['contenders']))} over the peer",
-        f"{'':<14}{'read tokens/s':>20}{'write tokens/s':>20}{'weights MiB':>20}{'peak MiB':>20}",
+        f"{'':<18}{'read tokens/s':>20}{'write tokens/s':>20}{'weights MiB':>20}{'peak MiB':>20}",
     ]
     for name, row in found["contenders"].items():
         ratio = found["ratios"].get(name, {})
@@ -59,5 +60,5 @@ def table(found: dict[str, Any]) -> str:
             cell(row["resident_weight_bytes"] / 2**20, "resident_weights"),
             cell(None if peak is None else peak / 2**20, "peak"),
         )
-        lines.append(f"{name:<14}" + "".join(f"{text:>20}" for text in cells))
+        lines.append(f"{name:<18}" + "".join(f"{text:>20}" for text in cells))
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from optimum_mobilequant.bench.runners import TransformersRunner, resident_bytes
 from tests.tiny import build, config, probe_ids
 
 SIZES = {"prompt": 8, "tokens": 4, "repeat": 1, "threads": 1}
+GRAPHS = ("prompt.onnx", "token.onnx")
 ROW = {"prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "resident_weight_bytes"}
 
 
@@ -50,9 +51,41 @@ def test_onnxruntime_takes_part(checkpoint):
     assert found["contenders"]["onnxruntime"]["resident_weight_bytes"] > 1000
 
 
-def test_torchao_takes_part(checkpoint):
+def test_onnxruntime_with_4_bit_weights_computes_the_same_model(checkpoint, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the peer needs it")
+    onnx = pytest.importorskip("onnx", reason="exporting needs it")
+    pytest.importorskip("onnx_ir", reason="ONNX Runtime's quantizer needs it")
+    subject = peers_module.Subject(checkpoint, 4, tmp_path, 8, 4, 1)
+    runner = peers_module.PEERS["onnxruntime-int4"].make(subject)
+    graphs = [onnx.load(tmp_path / "onnx-int4" / name, load_external_data=False) for name in GRAPHS]
+    products = [[node for node in graph.graph.node if node.op_type == "MatMulNBits"] for graph in graphs]
+    assert len(products[0]) == len(products[1]) == 15  # every projection and the head
+    levels = {a.i for node in (*products[0], *products[1]) for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {4}
+    model, ids = subject.float_model(torch.float32), probe_ids(length=8)[0]
+    with torch.no_grad():
+        expected = model(input_ids=ids[None]).logits[0].numpy()
+    runner._model.reset()
+    found = runner._model.step(ids.numpy())
+    assert abs(found - expected).mean() < 0.2 * abs(expected).mean()
+    longer = torch.cat([ids, torch.tensor([5])])
+    with torch.no_grad():
+        after = model(input_ids=longer[None]).logits[0, -1].numpy()
+    assert abs(runner._model.step(longer[-1:].numpy())[0] - after).mean() < 0.2 * abs(after).mean()
+
+
+def test_float32_takes_part_and_peers_may_be_loaded_one_by_one(checkpoint):
+    found = bench.compare_speed(checkpoint, ["bf16", "fp32"], **SIZES, apart=True)
+    assert found["contenders"].keys() == {"mobilequant", "bf16", "fp32"} and found["apart"]
+    assert found["ratios"].keys() == {"bf16", "fp32"}
+    sizes = {name: row["resident_weight_bytes"] for name, row in found["contenders"].items()}
+    assert sizes["fp32"] == pytest.approx(2 * sizes["bf16"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["torchao", "torchao-int8", "torchao-int4"])
+def test_torchao_takes_part(checkpoint, name):
     pytest.importorskip("torchao", reason="the peer needs it")
-    assert bench.compare_speed(checkpoint, ["torchao"], **SIZES)["ratios"]["torchao"]["decode"] > 0
+    assert bench.compare_speed(checkpoint, [name], **SIZES)["ratios"][name]["decode"] > 0
 
 
 def test_ratios_are_medians_of_the_repetitions_own():
