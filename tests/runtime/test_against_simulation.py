@@ -14,7 +14,8 @@ from optimum_mobilequant.stdlib_corpus import stdlib_texts
 from tests.tiny import ROOT
 
 DEMO = ROOT / "examples" / "demo_model"
-SAME = 0.002  # perplexities
+# Perplexities of 4096 tokens: codes that fall on the other side of a boundary scatter them by some tenths of a percent.
+SAME = 0.005
 
 
 @pytest.fixture(scope="module", params=["w8a8", "w4a8"])
