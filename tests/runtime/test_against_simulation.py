@@ -14,7 +14,7 @@ from optimum_mobilequant.stdlib_corpus import stdlib_texts
 from tests.tiny import ROOT
 
 DEMO = ROOT / "examples" / "demo_model"
-# Perplexities of 4096 tokens: codes that fall on the other side of a boundary scatter them by some tenths of a percent.
+# Perplexities of 4096 tokens: codes on the other side of a boundary scatter them by some tenths of a percent.
 SAME = 0.005
 
 
