@@ -1,0 +1,176 @@
+"""The table of other libraries: what a worker is given, what is refused, what is not measured again.
+
+The workers here need no other library; those of ``benchmarks/peers`` are run by whoever measures.
+"""
+
+import hashlib
+import importlib
+import json
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from optimum_mobilequant.data import calibration_data
+from tests import tiny
+from tests.test_benchmarks import folder  # noqa: F401  (a fixture: a small model and two texts)
+
+WORKER = '''
+"""Rounds to nearest, or does not, or cannot."""
+import torch
+from common import Quantized, main, projections
+
+@torch.no_grad()
+def rounded(model, job):
+    layers = projections(model)
+    for layer in layers.values():
+        scale = layer.weight.abs().amax(dim=1, keepdim=True) / (2 ** (job.weight_bits - 1) - 1)
+        layer.weight.copy_((layer.weight / scale).round() * scale)
+    return Quantized(model, {path: layer.weight for path, layer in layers.items()}, 0)
+
+def untouched(model, job):
+    return Quantized(model, {path: layer.weight for path, layer in projections(model).items()}, 0)
+
+def missing(model, job):
+    raise ValueError("not offered")
+
+main({"rounded": rounded, "untouched": untouched, "missing": missing})
+'''
+FOUND = {"float_perplexity": 4.0, "perplexity": 4.4, "seconds": 60.0, "levels": 16, "layers": 7, "activations": 7}
+FOUND |= {"versions": {"torch": "2"}}
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+    return importlib.import_module("peers")
+
+
+@pytest.fixture
+def fake(peers, folder, monkeypatch, tmp_path):  # noqa: F811
+    """Runs the benchmark with one other library, whose environment is this one; returns the file's content."""
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    shutil.copy(tiny.ROOT / "benchmarks" / "peers" / "common.py", workers)
+    (workers / "worker_fake_lib.py").write_text(WORKER)
+    (workers / "fake-lib.txt").write_text("")
+    python = tmp_path / "envs" / "fake-lib" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (python.parents[1] / "requirements.sha256").write_text(hashlib.sha256(b"").hexdigest())
+    methods = [peers.Method("fake-lib", name, "IN") for name in ("rounded", "untouched", "missing")]
+    monkeypatch.setattr(peers, "WORKERS", workers)
+    monkeypatch.setattr(peers, "METHODS", (*methods, peers.Method(peers.OURS, "rtn", "ALL")))
+    monkeypatch.chdir(folder)
+
+    def call(*options):
+        command = ["peers.py", "--out", tmp_path / "peers.json", "--envs", tmp_path / "envs", "--models", "models"]
+        command += ["--text", "small=calibration.txt,evaluation.txt,1000", "--seq-len", 32, "--quick", *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        peers.main()
+        return json.loads((tmp_path / "peers.json").read_text())
+
+    return call
+
+
+def test_rows_of_all_libraries_are_scored_alike_and_not_measured_again(fake, capsys, tmp_path):
+    first = fake("--only", "small/w4a8/*/r*", "--only", "small/w8a8/fake-lib/rounded")
+    rows = {(row["preset"], row["library"], row["method"]): row for row in first["rows"]}
+    assert len(first["rows"]) == len(rows) == 4 and all(row["perplexity"] > 1 for row in first["rows"])
+    theirs = rows["w4a8", "fake-lib", "rounded"]
+    assert (theirs["levels"], theirs["layers"], theirs["activations"]) == (15, 7, 0)
+    assert rows["w8a8", "fake-lib", "rounded"]["levels"] > 16 and theirs["versions"]["torch"] == torch.__version__
+    assert abs(rows["w8a8", "fake-lib", "rounded"]["gap"]) < abs(theirs["gap"])
+    assert str(tmp_path) not in json.dumps(first)
+
+    with pytest.raises(SystemExit, match="--append"):
+        fake()
+    second = fake("--append", "--only", "small/w4a8/fake-lib/*")
+    assert second["rows"][:4] == first["rows"]
+    errors = {row["method"]: row["error"] for row in second["rows"][4:]}
+    assert errors.keys() == {"untouched", "missing"}
+    assert "levels in an output channel" in errors["untouched"] and errors["missing"] == "ValueError: not offered"
+    assert "| small | w4a8 | fake-lib | missing | IN | refused | ValueError: not offered |" in capsys.readouterr().out
+
+
+def test_workers_get_the_sequences_of_our_own_run_and_the_chunks_we_score(peers, folder, tmp_path):  # noqa: F811
+    args = {"seq_len": 32, "quick": True, "effort": "light", "seed": 0, "factor": 1.0, "share": 0.0}
+    args = SimpleNamespace(**args)
+    text = peers.Text(str(folder / "calibration.txt"), str(folder / "evaluation.txt"), 1000)
+    subject = peers.Subject(folder / "models" / "small", text, args)
+    paths = peers.hand_over(subject, tmp_path, args)
+    given = np.load(paths["calibration"])
+    data = calibration_data(text.calibration, subject.tokenizer, samples=8, seq_len=32, seed=0, bos=False)
+    assert np.array_equal(given, torch.cat([data.train, data.validation]))
+    ids = subject.tokenizer(text.read(), add_special_tokens=False)["input_ids"]
+    assert np.load(paths["evaluation"]).flatten().tolist() == ids[: len(ids) // 32 * 32]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({}, None),
+        ({"float_perplexity": 4.0 + 2e-4}, "the float model has perplexity 4.00020 there, 4.00000 here"),
+        ({"levels": 17}, "a weight has 17 levels in an output channel"),
+        ({"perplexity": float("nan")}, "the perplexity is not finite"),
+    ],
+)
+def test_what_a_worker_found_is_judged(peers, changed, error):
+    row = peers.judged(FOUND | changed, 4.0, 4)
+    assert row["error"] == error and row["versions"] == {"torch": "2"}
+    assert row["gap"] == (None if error else pytest.approx(0.1)) and (row["perplexity"] is None) == bool(error)
+
+
+def test_a_worker_is_stopped_when_its_time_is_up(peers, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import time\ntime.sleep(60)\n")
+    started = time.monotonic()
+    with pytest.raises(peers.WorkerError, match="stopped after"):
+        peers.run_worker(sys.executable, worker, {}, tmp_path, 0.5)
+    assert time.monotonic() - started < 30
+
+
+def test_an_environment_is_made_once_for_its_requirements(peers, monkeypatch, tmp_path):
+    commands, method = [], peers.Method("torchao", "static", "IN")
+    assert method.requirements.is_file() and method.worker.is_file()
+
+    def record(command):
+        commands.append(command)
+        (tmp_path / "torchao").mkdir(exist_ok=True)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(peers.subprocess, "run", record)
+    python = peers.environment(tmp_path, method)
+    assert python == peers.environment(tmp_path, method) == tmp_path / "torchao" / "bin" / "python"
+    assert len(commands) == 2 and "venv" in commands[0] and "--no-deps" in commands[1]
+    monkeypatch.setattr(peers, "WORKERS", tmp_path)
+    (tmp_path / "torchao.txt").write_text("torch==0\n")
+    peers.environment(tmp_path, method)
+    assert len(commands) == 4
+
+
+def test_every_library_has_a_worker_and_pinned_requirements_without_cuda(peers):
+    for method in peers.METHODS:
+        if method.library != peers.OURS:
+            assert method.worker.is_file(), method
+            lines = method.requirements.read_text(encoding="utf-8").splitlines()
+            packages = [line for line in lines if line and not line.startswith("#")]
+            assert all("==" in line for line in packages) and not any(line.startswith("nvidia-c") for line in packages)
+            assert any(line.startswith("torch==") for line in packages)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_levels_of_a_weight_are_counted(monkeypatch, bits):
+    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks" / "peers")
+    levels = importlib.import_module("common").levels
+    grid = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).float()
+    weight = torch.stack([grid[torch.randint(len(grid), (4096,))] for _ in range(3)]) * torch.tensor(
+        [[1e-3], [1], [9]]
+    )
+    assert levels(weight * 1.7 / 1.3) == 2**bits
+    assert levels(weight + 1e-3 * torch.rand_like(weight) * weight.abs().amax()) > 2**bits
