@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from quality import Subject, Text, add_options, cells_of_perplexity, checked, models_of
-from table import Table
+from table import Table, markdown
 
 from optimum_mobilequant.evaluate.perplexity import token_ids
 from optimum_mobilequant.run_data import run_data
@@ -99,7 +99,7 @@ def main() -> None:
         if missing:
             table.use_text(name, texts[name].record())
             measure(name, folder, texts[name], missing, table, args)
-    print(table.markdown())
+    print(table.markdown(), overview(table.rows), sep="\n\n")
 
 
 def measure(
@@ -243,6 +243,28 @@ def environment(envs: Path, method: Method) -> Path:
 def cells(row: dict[str, Any]) -> list[str]:
     names = [*(row[name] for name in KEYS), row["scheme"]]
     return [*names, "refused", row["error"], ""] if row["perplexity"] is None else [*names, *cells_of_perplexity(row)]
+
+
+def overview(rows: list[dict[str, Any]]) -> str:
+    """Gaps of all methods, a column for each model; the smallest in each column of a preset is bold."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines: dict[tuple[str, ...], dict[str, float | None]] = {}
+    for row in rows:
+        if row["preset"] in PRESETS:
+            key = (row["preset"].upper(), row["library"], row["method"], row["scheme"])
+            lines.setdefault(key, {})[row["model"]] = row["gap"]
+    gaps = [(key[0], model, gap) for key, line in lines.items() for model, gap in line.items() if gap is not None]
+    best = {(preset, model): min(g for p, m, g in gaps if (p, m) == (preset, model)) for preset, model, _ in gaps}
+
+    def shown(preset: str, model: str, line: dict[str, float | None]) -> str:
+        if model not in line:
+            return "—"
+        if (gap := line[model]) is None:
+            return "refused"
+        return f"**{100 * gap:.2f} %**" if gap == best[preset, model] else f"{100 * gap:.2f} %"
+
+    cells = [[*key, *(shown(key[0], model, line) for model in models)] for key, line in sorted(lines.items())]
+    return markdown(("bits", *HEADER[2:5], *models), cells)
 
 
 def parse_args() -> argparse.Namespace:

@@ -95,7 +95,24 @@ def test_rows_of_all_libraries_are_scored_alike_and_not_measured_again(fake, cap
     errors = {row["method"]: row["error"] for row in second["rows"][4:]}
     assert errors.keys() == {"untouched", "missing"}
     assert "levels in an output channel" in errors["untouched"] and errors["missing"] == "ValueError: not offered"
-    assert "| small | w4a8 | fake-lib | missing | IN | refused | ValueError: not offered |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| small | w4a8 | fake-lib | missing | IN | refused | ValueError: not offered |" in printed
+    assert "| W4A8 | fake-lib | missing | IN | refused |" in printed
+
+
+def test_the_overview_marks_the_smallest_gap_of_each_model(peers):
+    rows = [
+        {"model": model, "preset": preset, "library": library, "method": "m", "scheme": "IN", "gap": gap}
+        for model, preset, library, gap in (
+            ("a", "float32", "x", 0.0), ("a", "w4a8", "x", 0.02), ("a", "w4a8", "y", 0.03), ("b", "w4a8", "y", 0.01),
+            ("b", "w8a8", "y", None),
+        )
+    ]  # fmt: skip
+    assert peers.overview(rows).splitlines()[2:] == [
+        "| W4A8 | x | m | IN | **2.00 %** | — |",
+        "| W4A8 | y | m | IN | 3.00 % | **1.00 %** |",
+        "| W8A8 | y | m | IN | — | refused |",
+    ]
 
 
 def test_workers_get_the_sequences_of_our_own_run_and_the_chunks_we_score(peers, folder, tmp_path):  # noqa: F811
