@@ -166,7 +166,7 @@ def theirs(
 
 def judged(found: dict[str, Any], reference: float, weight_bits: int) -> dict[str, Any]:
     """The values of a row, or why they say nothing."""
-    seen = {name: found[name] for name in ("layers", "activations", "levels", "versions")}
+    seen = {name: found[name] for name in ("layers", "activations", "levels", "cpu_seconds", "versions")}
     if abs(found["float_perplexity"] - reference) > CLOSE:
         reason = f"the float model has perplexity {found['float_perplexity']:.5f} there, {reference:.5f} here"
         return refused(reason) | seen

@@ -92,13 +92,14 @@ def work(method: Method, job: Job) -> dict[str, float | int | str]:
     torch.manual_seed(job.seed)
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval()
     before = perplexity(model, job.evaluation)
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     found = method(model, job)
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - used
     return {
         "float_perplexity": before,
         "perplexity": perplexity(found.model, job.evaluation),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "layers": len(found.weights),
         "activations": found.activations,
         "levels": max(map(levels, found.weights.values())),

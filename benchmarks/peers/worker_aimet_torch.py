@@ -79,7 +79,11 @@ def adascale(sim: object, job: Job) -> None:
 def method(learn) -> Method:
     def quantize(model: PreTrainedModel, job: Job) -> Quantized:
         from aimet_torch import QuantizationSimModel
+        from aimet_torch.nn import QuantizationMixin
 
+        for module in model.modules():  # of Llama and a few others AIMET knows by itself that it is not quantized
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                QuantizationMixin.ignore(type(module))
         paths = [f"model.{path}" for path in projections(model)]
         config = Path(find_spec("aimet_torch").origin).parent / "common" / "quantsim_config" / CONFIG
         sim = QuantizationSimModel(
