@@ -193,3 +193,10 @@ def test_levels_of_a_weight_are_counted(monkeypatch, bits):
     )
     assert levels(weight * 1.7 / 1.3) == 2**bits
     assert levels(weight + 1e-3 * torch.rand_like(weight) * weight.abs().amax()) > 2**bits
+
+
+def test_the_page_shows_the_results_file(peers):
+    stored = json.loads((tiny.ROOT / "benchmarks" / "results" / "peers.json").read_text(encoding="utf-8"))
+    page = (tiny.ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- peers: begin -->")[1].split("<!-- peers: end -->")[0]
+    assert peers.overview(stored["rows"]) in shown, "see the page for the command that prints the table"
