@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from quality import Subject, Text, add_options, cells_of_perplexity, checked, models_of
 from table import Table, markdown
@@ -200,17 +201,17 @@ def run_worker(python: Path, worker: Path, job: dict[str, Any], scratch: Path, s
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [str(python), str(worker), str(request), str(answer)],
-            cwd=scratch, env=inherited | offline, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=scratch, env=inherited | offline, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
             status = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             raise WorkerError(f"stopped after {seconds / 60:g} minutes") from None
-        except BaseException:
-            os.killpg(process.pid, 9)
-            raise
+        finally:
+            if process.poll() is None:
+                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    one.kill()
+                process.wait()
     if status or not answer.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit status {status}"]
         print("\n".join(lines[-30:]), file=sys.stderr)

@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from tests import tiny
 from tests.test_benchmarks import folder  # noqa: F401  (a fixture: a small model and two texts)
 
 WORKER = '''
-"""Rounds to nearest, or does not, or cannot."""
+"""Rounds to nearest, or does not."""
 import torch
 from common import Quantized, main, projections
 
@@ -35,10 +36,8 @@ def rounded(model, job):
 def untouched(model, job):
     return Quantized(model, {path: layer.weight for path, layer in projections(model).items()}, 0)
 
-def missing(model, job):
-    raise ValueError("not offered")
-
-main({"rounded": rounded, "untouched": untouched, "missing": missing})
+if __name__ == "__main__":
+    main({"rounded": rounded, "untouched": untouched})
 '''
 FOUND = {
     "float_perplexity": 4.0, "perplexity": 4.4, "seconds": 60.0, "cpu_seconds": 50.0,
@@ -58,14 +57,15 @@ def fake(peers, folder, monkeypatch, tmp_path):  # noqa: F811
     workers = tmp_path / "workers"
     workers.mkdir()
     shutil.copy(tiny.ROOT / "benchmarks" / "peers" / "common.py", workers)
-    (workers / "worker_fake_lib.py").write_text(WORKER)
-    (workers / "fake-lib.txt").write_text("")
-    python = tmp_path / "envs" / "fake-lib" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    (python.parents[1] / "requirements.sha256").write_text(hashlib.sha256(b"").hexdigest())
-    methods = [peers.Method("fake-lib", name, "IN") for name in ("rounded", "untouched", "missing")]
+    for library, worker in (("fake-lib", WORKER), ("lacking-lib", 'raise ValueError("not offered")')):
+        (workers / f"worker_{library.replace('-', '_')}.py").write_text(worker)
+        (workers / f"{library}.txt").write_text("")
+        python = tmp_path / "envs" / library / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        (python.parents[1] / "requirements.sha256").write_text(hashlib.sha256(b"").hexdigest())
+    methods = [peers.Method("fake-lib", "rounded", "IN"), peers.Method("lacking-lib", "missing", "IN")]
     monkeypatch.setattr(peers, "WORKERS", workers)
     monkeypatch.setattr(peers, "METHODS", (*methods, peers.Method(peers.OURS, "rtn", "ALL")))
     monkeypatch.chdir(folder)
@@ -81,25 +81,40 @@ def fake(peers, folder, monkeypatch, tmp_path):  # noqa: F811
 
 
 def test_rows_of_all_libraries_are_scored_alike_and_not_measured_again(fake, capsys, tmp_path):
-    first = fake("--only", "small/w4a8/*/r*", "--only", "small/w8a8/fake-lib/rounded")
-    rows = {(row["preset"], row["library"], row["method"]): row for row in first["rows"]}
-    assert len(first["rows"]) == len(rows) == 4 and all(row["perplexity"] > 1 for row in first["rows"])
-    theirs = rows["w4a8", "fake-lib", "rounded"]
+    first = fake("--only", "small/w4a8/*/r*")
+    rows = {row["library"]: row for row in first["rows"] if row["preset"] == "w4a8"}
+    assert len(first["rows"]) == 3 and all(row["perplexity"] > 1 for row in first["rows"])
+    theirs = rows["fake-lib"]
     assert (theirs["levels"], theirs["layers"], theirs["activations"]) == (15, 7, 0)
-    assert rows["w8a8", "fake-lib", "rounded"]["levels"] > 16 and theirs["versions"]["torch"] == torch.__version__
-    assert abs(rows["w8a8", "fake-lib", "rounded"]["gap"]) < abs(theirs["gap"])
+    assert theirs["versions"]["torch"] == torch.__version__ and theirs["cpu_seconds"] > 0
     assert str(tmp_path) not in json.dumps(first)
 
     with pytest.raises(SystemExit, match="--append"):
         fake()
-    second = fake("--append", "--only", "small/w4a8/fake-lib/*")
-    assert second["rows"][:4] == first["rows"]
-    errors = {row["method"]: row["error"] for row in second["rows"][4:]}
-    assert errors.keys() == {"untouched", "missing"}
-    assert "levels in an output channel" in errors["untouched"] and errors["missing"] == "ValueError: not offered"
+    second = fake("--append", "--only", "small/w4a8/*-lib/*")
+    assert second["rows"][:3] == first["rows"]
+    assert [(row["method"], row["error"]) for row in second["rows"][3:]] == [("missing", "ValueError: not offered")]
     printed = capsys.readouterr().out
-    assert "| small | w4a8 | fake-lib | missing | IN | refused | ValueError: not offered |" in printed
-    assert "| W4A8 | fake-lib | missing | IN | refused |" in printed
+    assert "| small | w4a8 | lacking-lib | missing | IN | refused | ValueError: not offered |" in printed
+    assert "| W4A8 | lacking-lib | missing | IN | refused |" in printed
+
+
+def test_a_worker_scores_before_and_after_and_counts_levels(folder, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks" / "peers")
+    common = importlib.import_module("common")
+    namespace = {"__name__": "worker"}
+    exec(WORKER, namespace)
+    ids = torch.randint(96, (4, 32))
+    model = folder / "models" / "small"
+    found = {
+        (name, bits): common.work(namespace[name], common.Job(model, ids, ids, name, bits, 8, 0, tmp_path))
+        for name, bits in (("rounded", 4), ("rounded", 8), ("untouched", 8))
+    }
+    same = found["untouched", 8]
+    assert same["perplexity"] == same["float_perplexity"] and same["levels"] > 16
+    before, coarse, fine = same["perplexity"], found["rounded", 4], found["rounded", 8]
+    assert 0 < abs(fine["perplexity"] - before) < abs(coarse["perplexity"] - before)
+    assert coarse["levels"] == 15 and fine["levels"] > 16
 
 
 def test_the_overview_marks_the_smallest_gap_of_each_model(peers):
@@ -145,13 +160,20 @@ def test_what_a_worker_found_is_judged(peers, changed, error):
     assert row["gap"] == (None if error else pytest.approx(0.1)) and (row["perplexity"] is None) == bool(error)
 
 
-def test_a_worker_is_stopped_when_its_time_is_up(peers, tmp_path):
+def test_a_worker_is_stopped_with_all_it_started_when_its_time_is_up(peers, tmp_path):
     worker = tmp_path / "worker.py"
-    worker.write_text("import time\ntime.sleep(60)\n")
+    worker.write_text(
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path('child').write_text(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
     started = time.monotonic()
-    with pytest.raises(peers.WorkerError, match="stopped after"):
-        peers.run_worker(sys.executable, worker, {}, tmp_path, 0.5)
+    with pytest.raises(peers.WorkerError, match="stopped after 0.05 minutes"):
+        peers.run_worker(sys.executable, worker, {}, tmp_path, 3)
     assert time.monotonic() - started < 30
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 def test_an_environment_is_made_once_for_its_requirements(peers, monkeypatch, tmp_path):
