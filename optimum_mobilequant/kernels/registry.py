@@ -58,7 +58,7 @@ BACKENDS: dict[str, Backend] = {
         _backend(
             "triton", gpu, "Triton kernels: NVIDIA GPUs of compute capability 8.0 or newer", integer=True, groups=True
         ),
-        _backend("cpp", cpp, "kernels compiled on first use: AVX512-VNNI, AVX-VNNI, AVX2, NEON", integer=True),
+        _backend("cpp", cpp, "kernels compiled on first use: AMX, AVX512-VNNI, AVX-VNNI, AVX2, NEON", integer=True),
         _backend("onednn", onednn, "torch's quantized linear on x86, 4-bit weights unpacked to 8", integer=True),
         _backend("simulate", simulate, "float32 product of dequantized tensors, any device", integer=False),
         _backend("reference", reference, "exact integers, slow: what the others are compared with", integer=True),
@@ -78,7 +78,8 @@ def order(spec: LinearSpec) -> tuple[str, ...]:
     """Names of the backends for a layer, the fastest first. The reference is used only if asked for by name."""
     if spec.device == "cuda":
         return ("triton", "simulate")
-    # With AMX units oneDNN multiplies 8-bit matrices two to three times as fast as vector instructions do.
+    # With AMX units oneDNN multiplies 8-bit matrices two to three times as fast as vector instructions do; our own
+    # kernels for them were never measured.
     if spec.weight_bits == 8 and spec.device == "cpu" and has_amx():
         return ("onednn", "cpp", "simulate")
     return ("cpp", "onednn", "simulate")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import BACKENDS, Choice, IntegerLinear, LinearSpec, Output, choose, cpp, prepare
+from ..kernels.cpp.memory import copy_packed
 from ..kernels.registry import order, why_not
 from ..kernels.spec import FLOATS, Packed
 from ..nn import QuantEmbedding, Quantizer, QuantLinear, QWeight
@@ -92,6 +93,8 @@ class PackedLinear(nn.Module):
         memo[id(self)] = new
         if self.weight.is_mkldnn:  # torch copies these with clone() only
             memo[id(self.weight)] = self.weight.clone()
+        elif self.choice.backend.name == "cpp":
+            memo[id(self.weight)] = copy_packed(self.weight)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 

@@ -4,6 +4,7 @@ import errno
 import logging
 import shutil
 import stat
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -32,15 +33,29 @@ def cache(tmp_path, monkeypatch):
         function.cache_clear()
 
 
-@pytest.fixture
-def messages():
-    """What the registry logs."""
+LIBRARY_LOGGER = "transformers.optimum_mobilequant.kernels.cpp.library"
+
+
+@contextmanager
+def logged(*names):
+    """What loggers say meanwhile."""
     found = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
-    registry.logger.addHandler(handler)
-    yield found
-    registry.logger.removeHandler(handler)
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield found
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+
+
+@pytest.fixture
+def messages():
+    """What is said about kernels that are not used."""
+    with logged(registry.logger.name, LIBRARY_LOGGER) as found:
+        yield found
 
 
 def script(path, text):
@@ -132,13 +147,22 @@ def test_kernels_that_compute_wrongly_are_not_used(few_units, cache, messages, m
     shutil.copytree(building._HERE, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     text = (sources / "vector.h").read_text(encoding="utf-8")
     wrong = text
-    for right in ("_mm512_slli_epi16(v, 4)", "_mm256_slli_epi16(v, 4)", "vshlq_n_s8(v, 4)"):
+    rights = ("_mm512_slli_epi16(v, 4)", "_mm256_slli_epi16(v, 4)", "_mm256_srli_epi16(v, 4)", "vshlq_n_s8(v, 4)")
+    for right in rights:
         assert right in text
         wrong = wrong.replace(right, right.replace("4)", "5)"))
     (sources / "vector.h").write_text(wrong, encoding="utf-8")
     monkeypatch.setattr(building, "_HERE", sources)
-    if library().isa == "generic":
+    best = library().isa
+    if best == "generic":
         pytest.skip("the portable kernel is what the others are checked against")
+    assert choose(spec()).backend.name == "cpp" and cpp.library().isa == "generic"
+    assert len(messages) == 1 and f"the compiled {best} kernels compute wrong results" in messages[0]
+    assert "generic takes their place" in messages[0]
+    asked = (cpp.library, cpp.available, registry.unavailable)
+    for function in asked:
+        function.cache_clear()
+    monkeypatch.setenv(ISA_VARIABLE, best)  # asked for by name, it is an error of that backend
     assert choose(spec()).backend.name != "cpp"
     assert "compute wrong results" in cpp.available()
     assert len([message for message in messages if "'cpp'" in message]) == 1

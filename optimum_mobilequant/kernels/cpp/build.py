@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 _HERE = Path(__file__).parent
 _SOURCES = (
-    "linear.h", "vector.h", "rows.h", "attention.h", "kernel.cpp",  # compiled for each instruction set
+    "linear.h", "vector.h", "rows.h", "attention.h", "tiles.h", "kernel.cpp",  # compiled for each instruction set
     "layer.h", "scratch.h", "layer.cpp", "dispatch.cpp",
 )  # fmt: skip
 _PLAIN = ("layer.cpp", "dispatch.cpp")  # compiled once
@@ -37,15 +37,20 @@ _TIMEOUT = 300  # seconds for one run of the compiler
 
 @dataclass(frozen=True)
 class Unit:
-    """kernel.cpp for one instruction set: a name and the flags that let the compiler use it."""
+    """kernel.cpp for one instruction set: name, flags that let the compiler use it, macros beside its own."""
 
     isa: str
     flags: tuple[str, ...]
+    macros: tuple[str, ...] = ()
 
 
 _GENERIC = Unit("generic", ())
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
-_X86 = (Unit("avx512vnni", _AVX512), Unit("avxvnni", ("-mavx2", "-mavxvnni")), Unit("avx2", ("-mavx2",)), _GENERIC)
+_X86 = (
+    # Many rows by matrix units, the rest as avx512vnni.
+    Unit("amx", (*_AVX512, "-mamx-tile", "-mamx-int8"), ("-DMQ_AVX512VNNI", "-DMQ_TILES")),
+    Unit("avx512vnni", _AVX512), Unit("avxvnni", ("-mavx2", "-mavxvnni")), Unit("avx2", ("-mavx2",)), _GENERIC,
+)  # fmt: skip
 _UNITS = {
     "x86_64": _X86,
     "amd64": _X86,
@@ -131,7 +136,7 @@ def _compile(compiler: str, folder: Path) -> None:
     objects, have = [], []
     for unit in units():
         out = folder / f"{unit.isa}.o"
-        macros = [f"-DMQ_ISA={unit.isa}_isa", f"-DMQ_{unit.isa.upper()}"]
+        macros = [f"-DMQ_ISA={unit.isa}_isa", f"-DMQ_{unit.isa.upper()}", *unit.macros]
         error = _run([compiler, *_FLAGS, *unit.flags, *macros, "-c", str(_HERE / "kernel.cpp"), "-o", str(out)])
         if error is None:
             objects.append(str(out))
@@ -143,7 +148,9 @@ def _compile(compiler: str, folder: Path) -> None:
     plain = [(str(_HERE / name), str(folder / f"{name}.o")) for name in _PLAIN]
     compile_plain = [[compiler, *_FLAGS, *threads.compile, *have, "-c", s, "-o", o] for s, o in plain]
     objects += [o for _, o in plain]
-    link = [compiler, "-shared", "-o", str(folder / "linear.so"), *objects, *threads.link]
+    # A process may load two of these libraries: neither may find the other's functions in the place of its own.
+    own = ["-Wl,-Bsymbolic"] if sys.platform.startswith("linux") else []
+    link = [compiler, "-shared", *own, "-o", str(folder / "linear.so"), *objects, *threads.link]
     for command in (*compile_plain, link):
         if error := _run(command):
             raise BuildError(f"{compiler} fails on the CPU kernels: {error}")

@@ -10,7 +10,8 @@
 #endif
 #if defined(__linux__)
 #include <sys/auxv.h>
-#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -40,7 +41,8 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
   return r;
 }
 
-// Whether the system saves the registers of these bits of XCR0 (2: 128 bits, 4: 256 bits, 0xE0: 512 bits).
+// Whether the system saves the registers of these bits of XCR0 (2: 128 bits, 4: 256 bits, 0xE0: 512 bits, 0x60000:
+// matrix units).
 bool saved(unsigned mask) {
   if (cpuid(0, 0).a < 7 || !((cpuid(1, 0).c >> 27) & 1)) return false;
   unsigned low, high;
@@ -54,6 +56,21 @@ bool saved(unsigned mask) {
   const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
   return saved(0xE6) && (cpuid(7, 0).b & f_dq_bw_vl) == f_dq_bw_vl && ((cpuid(7, 0).c >> 11) & 1);
 }
+
+// Linux gives a process the registers of the matrix units on request: ARCH_REQ_XCOMP_PERM for XTILEDATA, which holds
+// for all its threads.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+[[maybe_unused]] bool has_amx() {
+  const unsigned tile_int8 = 1u << 24 | 1u << 25;
+  return has_avx512vnni() && saved(0x60000) && (cpuid(7, 0).d & tile_int8) == tile_int8 && tiles_granted();
+}
 #elif defined(__aarch64__)
 [[maybe_unused]] bool has_dotprod() {
 #if defined(__linux__)
@@ -66,6 +83,11 @@ bool saved(unsigned mask) {
 
 // Best first. MQ_HAVE_<name>: kernel.cpp was compiled for it.
 const Entry kIsas[] = {
+#if defined(MQ_HAVE_AMX) && defined(MQ_EMULATED_TILES)
+    {"amx", &mq::amx_isa, always},
+#elif defined(MQ_HAVE_AMX)
+    {"amx", &mq::amx_isa, has_amx},
+#endif
 #if defined(MQ_HAVE_AVX512VNNI)
     {"avx512vnni", &mq::avx512vnni_isa, has_avx512vnni},
 #endif
@@ -178,12 +200,6 @@ MQ_EXPORT int64_t mq_packed_bytes(int64_t n, int64_t k, int bits) {
 // codes: int8 [n, k], row-major. packed: mq_packed_bytes, overwritten.
 MQ_EXPORT void mq_pack(const int8_t* codes, int64_t n, int64_t k, int bits, uint8_t* packed) {
   const int64_t bytes = mq_packed_bytes(n, k, bits);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(packed) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(packed) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is no fault
-#endif
   memset(packed, 0, bytes);
   Linear a{};
   a.n = n, a.k = k, a.bits = bits;
@@ -289,8 +305,9 @@ MQ_EXPORT void mq_quantize(const void* x, int bf16, int64_t count, float scale, 
 // Whether an instruction set computes what the portable one does, on ragged shapes, the extreme codes and every kind
 // of output. It guards machines that the kernel was never run on. 1 if it does.
 MQ_EXPORT int mq_self_check(int isa) {
-  constexpr int kM = 31, kN = 70, kK = 45;
-  static const int kRowCounts[] = {1, 2, 3, 4, 5, 6, 9, kM};
+  // Matrix units take 16 rows and 64 columns at a time: more of both, and some that are left over.
+  constexpr int kM = 50, kN = 70, kK = 141;
+  static const int kRowCounts[] = {1, 2, 3, 4, 5, 6, 9, 16, 31, kM};
   const int64_t room = mq_packed_bytes(kN, kK, 8);
   const Scratch memory(kM * kK + kN * kK + room + 2 * kM * kN * 4);
   if (!memory.data) return 0;

@@ -19,6 +19,9 @@ namespace {
 
 #include "rows.h"
 #include "attention.h"
+#if defined(MQ_TILES)
+#include "tiles.h"
+#endif
 
 // Nibbles to bytes 16 * code.
 void unpack(const int8_t* packed, int64_t steps, int8_t* out) {
@@ -136,7 +139,7 @@ void run_panel(const Linear& a, int64_t panel, int64_t m0, int64_t m1, int8_t* s
   const int lines = tiles < 2 ? 0 : static_cast<int>(tiles < 4 ? (4 + tiles - 1) / tiles : 1);
   Ahead ahead{w + steps * 4 * kPanel, w + 2 * steps * 4 * kPanel, panel + 1 < panels ? lines : 0};
   bool four_bit = a.bits == 4;
-  if (four_bit && m1 - m0 >= kUnpackFrom) {
+  if (kUnpacks && four_bit && m1 - m0 >= kUnpackFrom) {
     unpack(w, steps, scratch);
     w = scratch, steps = group_count, four_bit = false;
   }
@@ -145,6 +148,15 @@ void run_panel(const Linear& a, int64_t panel, int64_t m0, int64_t m1, int8_t* s
   double scale[kPanel];
   if (kDoubles && a.mantissa && a.output != kTotal && a.output != kFloat && a.output != kBFloat16)
     for (int i = 0; i < width; ++i) scale[i] = factor_of(a.mantissa[column + i], a.mantissa[a.n + column + i]);
+#if defined(MQ_TILES)
+  static_assert(V::kOffset == 0, "the matrix units take activations as they are");
+  if (!four_bit && m1 - m0 >= kTileRows) {
+    tile_panel(a.x, a.ldx, w, steps, m0, m1, [&](int64_t row, int32_t* of_row) {
+      finish_row(a, row, column, width, row_sum, scale, of_row);
+    });
+    return;
+  }
+#endif
   int32_t sums[kRows * kPanel];
   for (int64_t row = m0; row < m1;) {
     // Tiles of even height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.

@@ -11,8 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...log import get_logger
 from ..spec import Output, Packed
 from .build import BuildError
+from .memory import packed_memory
+
+logger = get_logger(__name__)
 
 ISA_VARIABLE = "MOBILEQUANT_ISA"
 
@@ -65,30 +69,22 @@ _OUTPUTS = {
 _FAILURES: dict[int, type[Exception]] = {1: MemoryError, 2: ValueError}
 _REASONS = {1: "no memory for its working copies", 2: "the weight was packed for another layer"}
 
-# Size of a huge page: reading the weights of a token then misses the address cache 512 times less often, which makes
-# it 10 to 25 % faster. mq_pack asks the system for them.
-_HUGE_PAGE = 2 * 2**20
-
-
-def _aligned(size: int) -> Tensor:
-    """``size`` bytes, from a multiple of the huge page if they fill one. What is left over is never touched."""
-    if size < _HUGE_PAGE:
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
-    memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % _HUGE_PAGE
-    return memory[start : start + size]
-
 
 class Library:
     """The shared library, with one instruction set chosen.
 
     Args:
         path: the compiled file.
-        isa: ``"avx512vnni"``, ``"avxvnni"``, ``"avx2"``, ``"neon"`` or ``"generic"``; None for the environment
-            variable MOBILEQUANT_ISA or else the best one that the processor has.
+        isa: ``"amx"``, ``"avx512vnni"``, ``"avxvnni"``, ``"avx2"``, ``"neon"`` or ``"generic"``; None for the
+            environment variable MOBILEQUANT_ISA or else the best one that the processor has. Each is checked against
+            the portable kernels first; one that computes wrong results is left out, with a warning.
+
+    Attributes:
+        isa: the one in use. wrong: those the processor has that compute wrong results here.
 
     Raises:
-        BuildError: the file cannot be loaded, the processor lacks the instruction set, or what it computes is wrong.
+        BuildError: the file cannot be loaded, the processor lacks the instruction set asked for, or what that one
+            computes is wrong.
     """
 
     def __init__(self, path: Path, isa: str | None = None):
@@ -108,10 +104,19 @@ class Library:
             raise BuildError(
                 f"{ISA_VARIABLE}={wanted} is not one of {', '.join(present)}, which run on this processor"
             )
-        self.isa: str = wanted or next(iter(present))
-        self._isa = present[self.isa]
-        if self._library.mq_self_check(self._isa) != 1:
-            raise BuildError(f"the compiled {self.isa} kernels compute wrong results here; please report this")
+        names = [wanted] if wanted else list(present)
+        right = (name for name in names if self._library.mq_self_check(present[name]) == 1)
+        chosen = next(right, None)
+        if chosen is None:
+            raise BuildError(f"the compiled {names[0]} kernels compute wrong results here; please report this")
+        self.isa: str = chosen
+        self.wrong: tuple[str, ...] = tuple(names[: names.index(chosen)])
+        self._isa = present[chosen]
+        if self.wrong:
+            logger.warning(
+                f"the compiled {' and '.join(self.wrong)} kernels compute wrong results on this processor and are not "
+                f"used, {chosen} takes their place; please report this"
+            )
 
     def _instruction_sets(self) -> dict[str, int]:
         """Those this processor has, best first, with their index."""
@@ -135,7 +140,7 @@ class Library:
     def pack(self, codes: Tensor, bits: int) -> Tensor:
         """Codes (int8, contiguous ``[out, in]``) in the layout of linear.h: uint8, one axis."""
         rows, columns = codes.shape
-        packed = _aligned(self._library.mq_packed_bytes(rows, columns, bits))
+        packed = packed_memory(self._library.mq_packed_bytes(rows, columns, bits))
         self._library.mq_pack(codes.data_ptr(), rows, columns, bits, packed.data_ptr())
         return packed
 

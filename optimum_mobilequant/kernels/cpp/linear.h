@@ -126,6 +126,6 @@ inline int64_t groups(const Linear& a) { return a.bits == 4 ? (a.k + 7) / 8 * 2 
 // Runs all panels of a layer on `threads` threads. Returns 0, or 1 if memory ran out.
 int run_linear(Linear& a, const Isa& isa, int threads);
 
-extern const Isa generic_isa, avx2_isa, avxvnni_isa, avx512vnni_isa, neon_isa;
+extern const Isa generic_isa, avx2_isa, avxvnni_isa, avx512vnni_isa, amx_isa, neon_isa;
 
 }  // namespace mq

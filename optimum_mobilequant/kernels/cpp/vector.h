@@ -28,10 +28,10 @@ struct V {
   static Sum zero() { return _mm256_setzero_si256(); }
   static Raw load(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void save(int8_t* p, Raw v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static Raw high(Raw v) { return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xF0))); }
-  static Raw low(Raw v) { return high(_mm256_slli_epi16(v, 4)); }
   static void store(int32_t* p, Sum v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 #if defined(MQ_AVXVNNI)
+  static Raw high(Raw v) { return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xF0))); }
+  static Raw low(Raw v) { return high(_mm256_slli_epi16(v, 4)); }
   using Act = __m256i;
   using Wgt = __m256i;
   static Wgt weight(Raw v) { return v; }
@@ -54,6 +54,13 @@ struct V {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x.even, w.even));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(x.odd, w.odd));
   }
+  // 4-bit codes are used as they are, from -8 to 7, and not as 16 * code: see nibble_tile.
+  static Raw signed_nibble(Raw v) {
+    const __m128i codes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(codes), _mm256_and_si256(v, _mm256_set1_epi8(0xF)));
+  }
+  static Raw high(Raw v) { return signed_nibble(_mm256_srli_epi16(v, 4)); }
+  static Raw low(Raw v) { return signed_nibble(v); }
 #endif
 };
 #elif defined(MQ_NEON)
@@ -191,10 +198,75 @@ __attribute__((always_inline)) inline void register_tile(const uint8_t* x, int64
     for (int v = 0; v < V::kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, sum[r][v]);
 }
 
+#if defined(MQ_AVX2)
+// The same on nibbles as codes of -8 to 7. A pair of their products is 2 * 255 * 8 at most, and eight such pairs fit 16
+// bits: one vpmaddubsw and one addition for 32 products, where bytes take two vpmaddwd and two additions. The sums are
+// those of 16 * code, as everywhere.
+template <int MR>
+__attribute__((always_inline)) inline void nibble_tile(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps,
+                                                        Ahead ahead, int32_t* sums) {
+  constexpr int kRun = 4;  // steps, of two groups each, until 16 bits are full
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sum[MR][V::kVectors];
+  MQ_UNROLL
+  for (int r = 0; r < MR; ++r)
+    MQ_UNROLL
+    for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::zero();
+  for (int64_t start = 0; start < steps; start += kRun) {
+    const int64_t end = start + kRun < steps ? start + kRun : steps;
+    __m256i part[MR][V::kVectors];
+    MQ_UNROLL
+    for (int r = 0; r < MR; ++r)
+      MQ_UNROLL
+      for (int v = 0; v < V::kVectors; ++v) part[r][v] = V::zero();
+    for (int64_t s = start; s < end; ++s, w += 4 * kPanel) {
+      for (int l = 0; l < ahead.lines; ++l, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+      __m256i high[V::kVectors], low[V::kVectors];
+      MQ_UNROLL
+      for (int v = 0; v < V::kVectors; ++v) {
+        const __m256i raw = V::load(w + v * kBytes);
+        high[v] = V::high(raw);
+        low[v] = V::low(raw);
+      }
+      MQ_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const __m256i first = _mm256_set1_epi32(four_at(x + r * ldx + 8 * s));
+        MQ_UNROLL
+        for (int v = 0; v < V::kVectors; ++v)
+          part[r][v] = _mm256_add_epi16(part[r][v], _mm256_maddubs_epi16(first, high[v]));
+        const __m256i second = _mm256_set1_epi32(four_at(x + r * ldx + 8 * s + 4));
+        MQ_UNROLL
+        for (int v = 0; v < V::kVectors; ++v)
+          part[r][v] = _mm256_add_epi16(part[r][v], _mm256_maddubs_epi16(second, low[v]));
+      }
+    }
+    MQ_UNROLL
+    for (int r = 0; r < MR; ++r)
+      MQ_UNROLL
+      for (int v = 0; v < V::kVectors; ++v)
+        sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(part[r][v], ones));
+  }
+  MQ_UNROLL
+  for (int r = 0; r < MR; ++r)
+    MQ_UNROLL
+    for (int v = 0; v < V::kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, _mm256_slli_epi32(sum[r][v], 4));
+}
+constexpr bool kUnpacks = false;  // nibbles are faster than the bytes they unpack to
+#else
+constexpr bool kUnpacks = true;
+#endif
+
 template <int MR, bool kFourBit>
 void rows_of_panel(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps, Ahead ahead, int32_t* sums) {
-  for (int c = 0; c < kPanel; c += kColumns, ahead.lines = 0)
+  for (int c = 0; c < kPanel; c += kColumns, ahead.lines = 0) {
+#if defined(MQ_AVX2)
+    if constexpr (kFourBit) {
+      nibble_tile<MR>(x, ldx, w + 4 * c, steps, ahead, sums + c);
+      continue;
+    }
+#endif
     register_tile<MR, kFourBit>(x, ldx, w + 4 * c, steps, ahead, sums + c);
+  }
 }
 
 using TileFn = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, Ahead, int32_t*);
