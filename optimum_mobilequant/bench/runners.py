@@ -81,6 +81,9 @@ def resident_bytes(model: nn.Module) -> int:
     storages: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         for plain in _plain(tensor.data):
+            if plain.is_mkldnn:  # oneDNN's own layout: no storage to ask, and padding unknown
+                storages[id(tensor)] = plain.numel() * plain.element_size()
+                continue
             storage = plain.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

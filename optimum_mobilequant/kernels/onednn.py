@@ -8,6 +8,7 @@ unpacked to int8 when they are packed: int8 speed, no memory saved.
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -32,15 +33,25 @@ def available() -> str | None:
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return "the processor has no AVX2"
     try:
-        weight = torch.ops.onednn.qlinear_prepack(
-            torch.full((16, 32), -128, dtype=torch.int8, device="cpu"), [_ROWS, 32]
-        )
-        x, one = torch.full((2, 32), 255, dtype=torch.uint8, device="cpu"), torch.ones(16, device="cpu")
-        found = _qlinear(x, 0, weight, one, torch.zeros_like(one), torch.float32, 0)
+        right = _is_exact(-15)
     except (AttributeError, RuntimeError) as error:
         return f"torch's quantized linear does not run: {str(error).splitlines()[0]}"
-    # Without VNNI instructions some versions add pairs of products in 16 bits and saturate.
-    return None if bool((found == -128 * 255 * 32).all()) else "torch's quantized linear saturates on this processor"
+    return None if right else "torch's quantized linear computes wrong results on this processor"
+
+
+@cache
+def saturates() -> bool:
+    """Whether products of 8-bit weights are wrong here: without VNNI instructions pairs of products are added in 16
+    bits. Those of 4-bit weights fit. Only where the backend is available."""
+    return not _is_exact(-128)
+
+
+def _is_exact(code: int) -> bool:
+    """Whether the largest activations times one weight are summed exactly."""
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 32), code, dtype=torch.int8, device="cpu"), [_ROWS, 32])
+    x, one = torch.full((2, 32), 255, dtype=torch.uint8, device="cpu"), torch.ones(16, device="cpu")
+    found = _qlinear(x, 0, weight, one, torch.zeros_like(one), torch.float32, 0)
+    return bool((found == code * 255 * 32).all())
 
 
 def supports(spec: LinearSpec) -> str | None:
@@ -49,6 +60,8 @@ def supports(spec: LinearSpec) -> str | None:
         return "it computes on the CPU"
     if spec.weight_bits == 8 and not spec.symmetric:
         return "it takes symmetric 8-bit weights only"
+    if spec.weight_bits == 8 and available() is None and saturates():
+        return "on a processor without VNNI instructions it saturates with 8-bit weights"
     if spec.output.is_totals:
         return "it does not return int32 totals"
     return None
@@ -65,9 +78,18 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
     if spec.activation_bits == 16:  # both bytes get the same zero point; what is left goes into the bias
         zero_point = min(round(zero_point / 257), 255)
         bias = bias - (weights.input_zero_point - 257 * zero_point) * codes.sum(1, dtype=torch.int64)
-    packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [_ROWS, spec.in_features])
-    multiplier = pack_multiplier(factor, Output.real(torch.float32))
-    return Packed(packed, (factor * bias).float(), multiplier, weights.zero_point, zero_point)
+    packed = pack_factors(codes, factor, factor * bias, zero_point)
+    return replace(packed, weight_zero_point=weights.zero_point)
+
+
+def pack_factors(codes: Tensor, factor: Tensor, bias: Tensor, input_zero_point: int) -> Packed:
+    """A layer that gives ``factor * sum_k (x - x_zero) * w + bias``.
+
+    Args:
+        codes: int8 ``[out, in]``. factor, bias: float64 ``[out]``.
+    """
+    packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [_ROWS, codes.shape[1]])
+    return Packed(packed, bias.float(), pack_multiplier(factor, Output.real(torch.float32)), None, input_zero_point)
 
 
 def unpack(spec: LinearSpec, packed: Packed) -> Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _RUNTIME = "_mobilequant_runtime"  # attribute of a model
+FUSED = ("cpp", "onednn")  # backends that compute whole decoder layers, the fastest first
 
 
 @dataclass
@@ -145,19 +146,32 @@ def fuse_layers(model: PreTrainedModel, plan: Plan, runtime: Runtime, devices: s
     from .blocks import NotFused
     from .layer import fuse
 
-    wanted = runtime.backend if runtime.backend != "auto" else os.environ.get(VARIABLE) or "cpp"
-    if wanted != "cpp" or devices != {"cpu"} or unavailable("cpp"):
+    backend = layer_backend(runtime.backend)
+    if backend is None or devices != {"cpu"}:
+        if backend is not None and "cpu" in devices:
+            logger.warning(
+                f"decoder layers run as single kernels, not fused: the model lies on {' and '.join(sorted(devices))}; "
+                "put all of it on one device"
+            )
         return False
     try:
-        fuse(model, plan)
+        fuse(model, plan, backend)
     except NotFused as error:
         logger.warning(f"decoder layers run as single kernels with float steps between them, not fused: {error}")
         return False
+    reasons = {name: reason for name in FUSED[: FUSED.index(backend)] if (reason := unavailable(name))}
     for path in linears_of(plan):
         linear: Any = model.get_submodule(path)
         bits = model.get_submodule(input_of(plan, path)).spec.bits  # type: ignore[union-attr]
-        runtime.served[path] = Served(path, f"linear_w{linear._weight().code_bits}a{bits}, fused", "cpp", {})
+        runtime.served[path] = Served(path, f"linear_w{linear._weight().code_bits}a{bits}, fused", backend, reasons)
     return True
+
+
+def layer_backend(asked: str) -> str | None:
+    """The backend that whole decoder layers on a CPU are given to: ``"cpp"``, ``"onednn"``, or None."""
+    named = os.environ.get(VARIABLE) if asked == "auto" else None
+    names = (named,) if named else FUSED if asked in ("auto", "cpp") else (asked,)
+    return next((name for name in names if name in FUSED and unavailable(name) is None), None)
 
 
 def give_back(model: nn.Module) -> None:

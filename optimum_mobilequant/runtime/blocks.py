@@ -255,7 +255,7 @@ def layer_block(graph: Graph, plan: Plan, index: int, producers: Mapping[str, Op
     product = made(f"{f.layer(index, f.down)}.input")
     activated = made(product.inputs[0])
     gate, act, up = (Static(graph, name) for name in (activated.inputs[0], activated.output, product.inputs[1]))
-    block.put("", table=_table(activated, gate, act), gate_zero=gate.zero)
+    block.put("", table=table_of(graph, activated), gate_zero=gate.zero)
     block.put("product", wide=act.grid.bits + up.grid.bits > 24)
     _product(block, "product", act.scale * up.scale, Static(graph, product.output))
     down = _linear(block, "down", graph, [linear(f.down)])
@@ -266,10 +266,11 @@ def layer_block(graph: Graph, plan: Plan, index: int, producers: Mapping[str, Op
 _NORM = ("width", "centre", "fraction", "epsilon", "gain", "bias", "zero", "qmax")
 
 
-def _table(op: Op, gate: Static, out: Static) -> Tensor:
-    """The activation function at every code of the gate, in steps from the output's zero point."""
+def table_of(graph: Graph, op: Op) -> Tensor:
+    """The activation function at every code of the gate, int32, in steps from the output's zero point."""
     from transformers.activations import ACT2FN
 
+    gate, out = Static(graph, op.inputs[0]), Static(graph, op.output)
     function = ACT2FN[str(op.attributes["function"])]
     codes = lookup_table(function, gate.tensor, gate.zero, gate.grid, (out.tensor, out.zero, out.grid))
     return codes.to(torch.int32) - out.zero

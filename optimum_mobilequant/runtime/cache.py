@@ -6,7 +6,7 @@ cropping and padding work as they do with their own layers, on whatever cache th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class IntegerCacheLayer(CacheLayerMixin):
 
     @property
     def capacity(self) -> int:
-        return 0 if self.key_sums is None else self.key_sums.shape[2]
+        return 0 if self.keys is None else self.keys.shape[2] * PANEL
 
     def reserve(self, batch: int, new: int, device: torch.device) -> None:
         """Room for ``new`` more positions.
@@ -49,17 +49,19 @@ class IntegerCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: another batch size than the cached one.
         """
-        if self.key_sums is not None and self.length == 0 and self.key_sums.shape[0] != batch:
+        if self.keys is not None and self.length == 0 and self.keys.shape[0] != batch:
             self.reset()
         needed = self.length + new
-        if self.key_sums is not None:
-            if self.key_sums.shape[0] != batch:
-                raise ValueError(f"the cache holds {self.key_sums.shape[0]} sequences, and {batch} are given")
+        if self.keys is not None:
+            if self.keys.shape[0] != batch:
+                raise ValueError(f"the cache holds {self.keys.shape[0]} sequences, and {batch} are given")
             if needed <= self.capacity:
                 return
-        old = self.capacity
-        capacity = -(-max(needed, self.wanted, 2 * old) // PANEL) * PANEL
-        shape = (batch, self.kv_heads)
+        self._grow(batch, -(-max(needed, self.wanted, 2 * self.capacity) // PANEL) * PANEL, device)
+        self.is_initialized = True
+
+    def _grow(self, batch: int, capacity: int, device: torch.device) -> None:
+        old, shape = self.capacity, (batch, self.kv_heads)
         groups, panels = -(-self.dims // 4), -(-self.dims // PANEL)
         keys = torch.zeros((*shape, capacity // PANEL, groups, PANEL, 4), dtype=torch.int8, device=device)
         values = torch.zeros((*shape, panels, capacity // 4, PANEL, 4), dtype=torch.int8, device=device)
@@ -68,7 +70,7 @@ class IntegerCacheLayer(CacheLayerMixin):
             keys[:, :, : old // PANEL] = self.keys
             values[:, :, :, : old // 4] = self.values
             sums[:, :, :old] = self.key_sums
-        self.keys, self.values, self.key_sums, self.is_initialized = keys, values, sums, True
+        self.keys, self.values, self.key_sums = keys, values, sums
 
     def begin(self, batch: int, prefix: tuple[Tensor, Tensor] | None, device: torch.device) -> None:
         """Fill an empty cache with the prefix, codes ``[kv_heads, length, dims]`` of keys and values."""
@@ -131,20 +133,60 @@ class IntegerCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.key_sums is not None:
-            self.batch_select_indices(torch.arange(self.key_sums.shape[0]).repeat_interleave(repeats))
+        if self.keys is not None:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.keys is not None and self.values is not None and self.key_sums is not None:
+        if self.keys is not None and self.values is not None:
             indices = indices.to(self.keys.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
-            self.key_sums = self.key_sums[indices]
+            self.key_sums = None if self.key_sums is None else self.key_sums[indices]
 
     def offload(self) -> None:
         pass
 
     def prefetch(self) -> None:
         pass
+
+
+class PlainCacheLayer(IntegerCacheLayer):
+    """The same codes without a kernel's layout, for layers of torch's operators.
+
+    Tensors: ``keys`` and ``values``, int8 ``[batch, kv_heads, capacity, dims]``.
+    """
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def _grow(self, batch: int, capacity: int, device: torch.device) -> None:
+        shape, old = (batch, self.kv_heads, capacity, self.dims), (self.keys, self.values)
+        self.keys, self.values = (torch.zeros(shape, dtype=torch.int8, device=device) for _ in range(2))
+        for new, held in zip((self.keys, self.values), old, strict=True):
+            if held is not None:
+                new[:, :, : held.shape[2]] = held
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.held()
+        return _unsigned(keys), _unsigned(values)
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Codes less 128 of the cached keys and values, int8 ``[batch, kv_heads, length, dims]``."""
+        if self.keys is None or self.values is None:
+            raise ValueError("the cache is empty")
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        self.append(keys.to(torch.int16) - 128, values.to(torch.int16) - 128)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append codes less 128, ``[batch, kv_heads, new, dims]``, of any dtype."""
+        self.reserve(keys.shape[0], keys.shape[2], keys.device)
+        assert self.keys is not None and self.values is not None
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
 
 
 _FOREIGN = (
@@ -157,8 +199,14 @@ def _unsigned(codes: Tensor) -> Tensor:
     return (codes.to(torch.int16) + 128).to(torch.uint8)
 
 
-def integer_layer(cache: Any, index: int, kv_heads: int, dims: int) -> IntegerCacheLayer:
+Layer = TypeVar("Layer", bound=IntegerCacheLayer)
+
+
+def integer_layer(cache: Any, index: int, kv_heads: int, dims: int, kind: type[Layer]) -> Layer:
     """The integer layer of a transformers cache, put in the place of an empty layer the first time.
+
+    Args:
+        index: of the layer. kv_heads, dims: of its keys. kind: of the cache layer.
 
     Raises:
         TypeError: no cache of transformers. ValueError: a cache of another kind, or one that holds floats.
@@ -173,7 +221,9 @@ def integer_layer(cache: Any, index: int, kv_heads: int, dims: int) -> IntegerCa
             layers.append(cache.layer_class_to_replicate())
     layer = layers[index]
     if isinstance(layer, IntegerCacheLayer):
-        return layer
+        if type(layer) is kind:
+            return layer
+        raise ValueError("past_key_values was filled by another backend; start with a new cache after set_backend")
     if not isinstance(layer, (DynamicLayer, StaticLayer)) or type(layer).__name__.startswith("Quant"):
         raise ValueError(
             f"the fused integer layers keep their own int8 cache and cannot use {type(layer).__name__}: leave "
@@ -184,5 +234,6 @@ def integer_layer(cache: Any, index: int, kv_heads: int, dims: int) -> IntegerCa
             "past_key_values was filled by another model or backend; the fused integer layers need an empty cache"
         )
     size = getattr(layer, "max_cache_len", 0)
-    layers[index] = IntegerCacheLayer(kv_heads, dims, int(size) or PANEL)
-    return layers[index]
+    made = kind(kv_heads, dims, int(size) or PANEL)
+    layers[index] = made
+    return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..graph.ir import Graph, Op
 from ..kernels import LinearSpec, cpp
+from ..kernels.cpp.memory import copy_packed
 from ..kernels.spec import Packed
 from ..nn import QWeight
 from ..plan import Plan
@@ -28,39 +32,23 @@ class FusedLinears(nn.Module):
         return self
 
 
-class Slice:
-    """Some output channels of a fused weight: what :class:`~..nn.QWeight` reads its codes from."""
+class LayerKernel(FusedLinears, ABC):
+    """What computes a decoder layer, and owns its weights' codes.
 
-    def __init__(self, owner: PackedLayer, name: str, start: int, stop: int):
-        self.owner, self.name, self.start, self.stop = owner, name, start, stop
-
-    def codes(self) -> Tensor:
-        return self.rows(torch.arange(self.stop - self.start))
-
-    def rows(self, ids: Tensor) -> Tensor:
-        spec, weight = self.owner.specs[self.name], getattr(self.owner, self.name)
-        return cpp.unpack_rows(spec, Packed(weight, weight, weight, None, 0), ids + self.start)
-
-
-class PackedLayer(FusedLinears):
-    """The kernel of one decoder layer; its weights' codes live here, packed.
-
-    Buffers: ``constants`` uint8, and the packed ``qkv``, ``proj``, ``gate_up`` and ``down``.
+    Args:
+        index: of the layer. kv_heads, head_dim: of its attention.
+        prefix: codes of the keys and values that stand before every text, ``[kv_heads, length, dims]``, or None.
     """
 
-    constants: Tensor
+    cache_kind: type[IntegerCacheLayer]
 
-    def __init__(
-        self, block: LayerBlock, index: int, kv_heads: int, head_dim: int, prefix: tuple[Tensor, Tensor] | None
-    ):
+    def __init__(self, index: int, kv_heads: int, head_dim: int, prefix: tuple[Tensor, Tensor] | None):
         super().__init__()
         self.index, self.kv_heads, self.head_dim, self.prefix = index, kv_heads, head_dim, prefix
-        self.specs: dict[str, LinearSpec] = {}
-        self.register_buffer("constants", block.constants, persistent=False)
-        for name, linear in zip(_NAMES, block.linears, strict=True):
-            self.specs[name] = linear.spec
-            packed = cpp.library().pack(linear.codes.contiguous(), linear.bits)
-            self.register_buffer(name, packed, persistent=False)
+
+    @abstractmethod
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Codes of some output channels of one of its products, int8 ``[*ids.shape, in]``."""
 
     def take(self, weights: Mapping[str, tuple[QWeight, ...]]) -> None:
         """Take over the codes of the layer's weights: those of each fused product, in their order."""
@@ -69,6 +57,67 @@ class PackedLayer(FusedLinears):
             for weight in parts:
                 weight.hand_over(Slice(self, name, start, start + weight.shape[0]))
                 start += weight.shape[0]
+
+    def open(self, x: Tensor, mask: Tensor | None, past_key_values: Any) -> tuple[Any, Tensor | None]:
+        """The layer's cache, with room for ``x``, and the mask, additive and with the prefix."""
+        batch, sequence, _ = x.shape
+        if past_key_values is None:
+            held = self.cache_kind(self.kv_heads, self.head_dim, PANEL)
+        else:
+            held = integer_layer(past_key_values, self.index, self.kv_heads, self.head_dim, self.cache_kind)
+        held.begin(batch, self.prefix, x.device)
+        held.reserve(batch, sequence, x.device)
+        mask = additive(mask)
+        if mask is not None and held.front:
+            mask = F.pad(mask, (held.front, 0))  # every position sees the prefix
+        return held, mask
+
+
+class Slice:
+    """Some output channels of a fused weight: what :class:`~..nn.QWeight` reads its codes from."""
+
+    def __init__(self, owner: LayerKernel, name: str, start: int, stop: int):
+        self.owner, self.name, self.start, self.stop = owner, name, start, stop
+
+    def codes(self) -> Tensor:
+        return self.rows(torch.arange(self.stop - self.start))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.owner.rows(self.name, ids + self.start)
+
+
+class PackedLayer(LayerKernel):
+    """The compiled kernel of one decoder layer; its weights' codes live here, packed.
+
+    Buffers: ``constants`` uint8, and the packed ``qkv``, ``proj``, ``gate_up`` and ``down``.
+    """
+
+    constants: Tensor
+    cache_kind = IntegerCacheLayer
+
+    def __init__(
+        self, block: LayerBlock, index: int, kv_heads: int, head_dim: int, prefix: tuple[Tensor, Tensor] | None
+    ):
+        super().__init__(index, kv_heads, head_dim, prefix)
+        self.specs: dict[str, LinearSpec] = {}
+        self.register_buffer("constants", block.constants, persistent=False)
+        for name, linear in zip(_NAMES, block.linears, strict=True):
+            self.specs[name] = linear.spec
+            packed = cpp.library().pack(linear.codes.contiguous(), linear.bits)
+            self.register_buffer(name, packed, persistent=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name in _NAMES:
+            weight = getattr(self, name)
+            memo[id(weight)] = copy_packed(weight)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        weight = getattr(self, name)
+        return cpp.unpack_rows(self.specs[name], Packed(weight, weight, weight, None, 0), ids)
 
     def forward(
         self,
@@ -86,23 +135,14 @@ class PackedLayer(FusedLinears):
             position_embeddings: cos and sin ``[batch or 1, sequence, rotary dims]``, on the Q1.14 grid.
             past_key_values: cache of transformers, or None.
         """
-        batch, sequence, _ = x.shape
-        if past_key_values is None:
-            held = IntegerCacheLayer(self.kv_heads, self.head_dim, PANEL)
-        else:
-            held = integer_layer(past_key_values, self.index, self.kv_heads, self.head_dim)
-        held.begin(batch, self.prefix, x.device)
-        held.reserve(batch, sequence, x.device)
-        mask = additive(attention_mask)
-        if mask is not None and held.front:
-            mask = F.pad(mask, (held.front, 0))  # every position sees the prefix
+        held, mask = self.open(x, attention_mask, past_key_values)
         cos, sin = position_embeddings
         out: Tensor = torch.ops.mobilequant.decoder_layer(
             x.float().contiguous(), mask, cos.float().contiguous(), sin.float().contiguous(),
             held.keys, held.key_sums, held.values, held.length, self.constants, self.qkv, self.proj, self.gate_up,
             self.down,
         )  # fmt: skip
-        held.length += sequence
+        held.length += x.shape[1]
         return out
 
 
@@ -118,7 +158,7 @@ def additive(mask: Tensor | None) -> Tensor | None:
 class FusedForward:
     """Mixed in before a decoder layer's class: its ``forward`` is the packed kernel's."""
 
-    fused: PackedLayer
+    fused: LayerKernel
 
     def forward(
         self,
@@ -168,14 +208,16 @@ _NORM_FIELDS = ("scales", "in_zero", "in_qmax", "unused", "width", "centre", "fr
                 "zero", "qmax")  # fmt: skip
 
 
-def fuse(model: PreTrainedModel, plan: Plan) -> None:
-    """Swap every decoder layer and the final norm for kernels, which take over the layers' codes.
+def fuse(model: PreTrainedModel, plan: Plan, backend: str) -> None:
+    """Swap every decoder layer (and for ``"cpp"`` the final norm) for kernels, which take over the layers' codes.
+
+    Args:
+        backend: ``"cpp"``, or ``"onednn"`` for layers of torch's own operators.
 
     Raises:
         NotFused: something in the model has no place in the kernel; nothing was changed.
     """
     from ..graph.build import build_graph
-    from ..graph.operators import Static
 
     f, g = plan.family, plan.geometry
     try:
@@ -184,16 +226,12 @@ def fuse(model: PreTrainedModel, plan: Plan) -> None:
         raise NotFused(str(error)) from None
     check_operations(graph, plan)
     producers = {op.output: op for op in graph.ops}
-    final = producers[f"{f.final_norm}.output"]
-    block = Block(_NORM_FIELDS)
-    source, out = Static(graph, final.inputs[0]), Static(graph, final.output)
-    block.put("", scales=torch.tensor([source.scale, out.scale], dtype=torch.float32), in_zero=source.zero)
-    block.put("", in_qmax=source.grid.qmax, unused=0, **norm_numbers(graph, final))
-    packed: list[PackedLayer] = []
+    final = _final_norm(graph, producers[f"{f.final_norm}.output"]) if backend == "cpp" else None
+    packed: list[LayerKernel] = []
     try:
         for i in range(g.layers):
             prefix = (graph.prefix[f"past_key_{i}"], graph.prefix[f"past_value_{i}"]) if graph.prefix else None
-            made = PackedLayer(layer_block(graph, plan, i, producers), i, g.kv_heads, g.head_dim, prefix)
+            made = _layer(graph, plan, i, producers, prefix, backend)
             parts = ((f.query, f.key, f.value), (f.out,), (f.gate, f.up), (f.down,))
             made.take(
                 {n: tuple(_weight(model, f.layer(i, p)) for p in ps) for n, ps in zip(_NAMES, parts, strict=True)}
@@ -211,9 +249,30 @@ def fuse(model: PreTrainedModel, plan: Plan) -> None:
         kind: Any = type(layer)
         layer.__class__ = fused_class(kind)  # as torch's FSDP does: the object, its hooks and children stay
     norm: Any = model.get_submodule(f.final_norm)
-    norm.kernel = PackedNorm(block.build())
+    norm.kernel = final
     embedding: Any = model.get_submodule(f.embedding)
     embedding.keeps_float32 = True
+
+
+def _layer(
+    graph: Graph, plan: Plan, index: int, producers: Mapping[str, Op], prefix: Any, backend: str
+) -> LayerKernel:
+    from .step_layer import StepLayer
+
+    if backend == "onednn":
+        return StepLayer(graph, plan, index, producers, prefix)
+    block = layer_block(graph, plan, index, producers)
+    return PackedLayer(block, index, plan.geometry.kv_heads, plan.geometry.head_dim, prefix)
+
+
+def _final_norm(graph: Graph, op: Op) -> PackedNorm:
+    from ..graph.operators import Static
+
+    block = Block(_NORM_FIELDS)
+    source, out = Static(graph, op.inputs[0]), Static(graph, op.output)
+    block.put("", scales=torch.tensor([source.scale, out.scale], dtype=torch.float32), in_zero=source.zero)
+    block.put("", in_qmax=source.grid.qmax, unused=0, **norm_numbers(graph, op))
+    return PackedNorm(block.build())
 
 
 def unfuse(model: nn.Module) -> None:

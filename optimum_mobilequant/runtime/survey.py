@@ -14,7 +14,7 @@ from ..config import MobileQuantConfig
 from ..kernels import LinearSpec, Output
 from ..kernels.registry import unavailable
 from ..numerics import Grid
-from .backend import linears_of
+from .backend import FUSED, linears_of
 from .linear import KERNEL_BITS, Served, choose_for
 
 
@@ -53,7 +53,7 @@ def survey(checkpoint: str | Path, *, device: str = "cpu") -> list[Served]:
             KERNEL_BITS[bits], input.bits, spec.rule.symmetric, linear.in_features, linear.out_features, device, output
         )
         choice = choose_for(layer, options.backend)
-        fused = choice.backend.name == "cpp" and path != plan.family.head
+        fused = choice.backend.name in FUSED and path != plan.family.head
         found.append(Served(path, layer.op + (", fused" if fused else ""), choice.backend.name, choice.reasons))
     return found
 
@@ -71,5 +71,10 @@ def survey_table(layers: Iterable[Served]) -> str:
     if unavailable("cpp") is None:
         from ..kernels import cpp
 
-        lines.append(f"instruction set of cpp: {cpp.library().isa}")
+        kernels = cpp.library()
+        others = [name for name in kernels.instruction_sets if name not in (kernels.isa, *kernels.wrong)]
+        also = f" (also here: {', '.join(others)})" if others else ""
+        lines.append(f"instruction set of cpp: {kernels.isa}{also}")
+        wrong = "it computes wrong results here; please report this"
+        lines += [f"          not {name}: {wrong}" for name in kernels.wrong]
     return "\n".join(lines)

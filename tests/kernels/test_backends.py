@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_mobilequant.kernels import BACKENDS, Output, cpp
+from optimum_mobilequant.kernels import BACKENDS, Output, cpp, onednn
 from optimum_mobilequant.numerics import quantize
 from tests.kernels.layers import OUTPUTS, U8, library, make, use, variants
 
@@ -98,6 +98,20 @@ def test_extreme_codes_do_not_saturate(backend, bits, x_code, w_code):
     expected = layer.totals().double() * layer.scale.double() * layer.x_scale
     found = layer.prepare(output, backend)(layer.x)
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(bool(onednn.available()), reason=f"onednn: {onednn.available()}")
+@pytest.mark.parametrize("x_code", [0, 255])
+def test_onednn_takes_4_bit_weights_on_every_processor(x_code):
+    # Also where 8-bit weights saturate: 255 * -15 + 255 * -15 fits 16 bits.
+    for shape in SHAPES:
+        layer = make(*shape, bits=4, symmetric=False)
+        layer.x[: len(layer.x) // 2] = x_code
+        layer.codes[::2], layer.zero_point[::2] = -8, 7
+        for output in OUTPUTS.values():
+            expected = layer.prepare(output, "reference")(layer.x)
+            assert outputs_close(layer.prepare(output, "onednn")(layer.x), expected, output), shape
+    assert onednn.supports(layer.prepare(OUTPUTS["codes"], "onednn").spec) is None
 
 
 def test_widest_layer_of_4_bits_is_exact(exact):

@@ -1,4 +1,4 @@
-"""The benchmark runs and keeps its file; its numbers are not tested."""
+"""The benchmarks run and keep their files; their numbers are not tested."""
 
 import json
 import runpy
@@ -23,3 +23,17 @@ def test_quick_run(tmp_path, monkeypatch, capsys):
     assert "| torch bfloat16 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="exists: give another --out"):
         runpy.run_path(str(script), run_name="__main__")
+
+
+def test_layers(tmp_path, monkeypatch):
+    script = tiny.ROOT / "benchmarks" / "cpu_layers.py"
+    monkeypatch.syspath_prepend(script.parent)
+    options = {"shape": "small", "layers": 1, "prompt": 8, "tokens": 4, "repeat": 1, "threads": 1}
+    arguments = [item for name, value in options.items() for item in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--out", str(tmp_path / "l.json")])
+    runpy.run_path(str(script), run_name="__main__")
+    record = json.loads((tmp_path / "l.json").read_text())
+    assert {"fp32", "bf16"} <= record["tokens_per_s"].keys() and record["vs_fp32"]["fp32"]["decode"] == 1
+    for name in ("cpp", "onednn"):
+        assert (name in record["tokens_per_s"]) == (f"{name} single" in record["vs_fp32"])
+    assert {name: record[name] for name in options} == options

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_mobilequant.kernels import BACKENDS, LinearSpec, Output, choose, cpp, prepare, registry
+from optimum_mobilequant.kernels import BACKENDS, LinearSpec, Output, choose, cpp, onednn, prepare, registry
 from optimum_mobilequant.kernels.registry import why_not
 from tests.kernels.layers import OUTPUTS, U8, make
 
@@ -20,6 +20,7 @@ def spec(**changes):
 def machine(monkeypatch):
     """Says which backends this machine cannot use."""
     monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.setattr(onednn, "saturates", lambda: False)
 
     def lacks(*names, amx=False):
         monkeypatch.setattr(registry, "unavailable", lambda name: "not here" if name in names else None)
@@ -54,6 +55,15 @@ def test_the_fastest_that_can_and_why_not_a_faster_one(machine, lacking, changes
     assert (choice.backend.name, choice.reasons) == (chosen, reasons)
 
 
+def test_a_processor_that_saturates_is_a_reason_for_8_bit_weights(machine, monkeypatch):
+    machine("cpp")
+    monkeypatch.setattr(onednn, "available", lambda: None)
+    monkeypatch.setattr(onednn, "saturates", lambda: True)
+    assert choose(spec(weight_bits=4)).backend.name == "onednn"
+    choice = choose(spec())
+    assert choice.backend.name == "simulate" and "saturates with 8-bit weights" in choice.reasons["onednn"]
+
+
 def test_totals_of_wide_activations_have_no_backend(machine):
     machine()
     with pytest.raises(ValueError, match="no kernel backend can run linear_w8a16: cpp: totals of 16-bit"):
@@ -81,7 +91,7 @@ def test_what_a_layer_needs_is_asked_before_the_machine_is(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_refused_is_what_fails(backend):
+def test_what_is_refused_is_what_fails(machine, backend):
     """A reason of ``supports`` is true of ``run``: no backend turns down what it can do by the table above."""
     assert BACKENDS[backend].supports(spec(device="cuda" if backend == "triton" else "cpu")) is None
 

@@ -139,7 +139,7 @@ def test_caches_that_cannot_serve_are_refused(quantized):
         model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="keep no attention probabilities"):
         model(ids, output_attentions=True)
-    assert model(ids[:0]).logits.shape == (0, 12, 96)
+    assert model(ids[:0]).logits.shape == (0, 12, 96) and model(ids[:, :0]).logits.shape == (2, 0, 96)
 
 
 @torch.no_grad()
