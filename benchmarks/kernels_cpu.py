@@ -33,7 +33,8 @@ from table import cpu_name
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_mobilequant.kernels import BACKENDS, Output, cpp, prepare
+from optimum_mobilequant.kernels import LinearSpec, Output, cpp, prepare
+from optimum_mobilequant.kernels.registry import why_not
 from optimum_mobilequant.numerics import Grid
 from optimum_mobilequant.prepare import versions
 
@@ -151,10 +152,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def find_contenders() -> tuple[list[Contender], dict[str, str]]:
     """Those that run here, and why the others do not."""
-    found, absent = [Contender(BASE, 2, _bfloat16)], {}
+    found = [Contender(BASE, 2, _plain(torch.bfloat16)), Contender("torch float32", 4, _plain(torch.float32))]
+    absent: dict[str, str] = {}
     for backend, bits in (("cpp", 8), ("cpp", 4), ("onednn", 8), ("onednn", 4)):
         name = f"{backend} w{bits}a8"
-        if reason := BACKENDS[backend].available():
+        if reason := why_not(backend, LinearSpec(bits, 8, True, 64, 64, "cpu", CODES)):
             absent[name] = reason
             continue
         size = 0.5 if (backend, bits) == ("cpp", 4) else 1
@@ -169,9 +171,12 @@ def find_contenders() -> tuple[list[Contender], dict[str, str]]:
     return found, absent
 
 
-def _bfloat16(out: int, columns: int) -> Callable[[Tensor, Tensor], Tensor]:
-    weight = torch.randn(out, columns, dtype=torch.bfloat16)
-    return lambda x, codes: F.linear(x, weight)
+def _plain(dtype: torch.dtype) -> Callable[[int, int], Callable[[Tensor, Tensor], Tensor]]:
+    def make(out: int, columns: int) -> Callable[[Tensor, Tensor], Tensor]:
+        weight = torch.randn(out, columns, dtype=dtype)
+        return lambda x, codes: F.linear(x.to(dtype), weight)  # the cast is of rows alone, small beside the product
+
+    return make
 
 
 def _layer(backend: str, bits: int, output: Output, out: int, columns: int) -> Callable[[Tensor], Tensor]:

@@ -37,6 +37,7 @@ def small(layers: int = 2) -> LlamaConfig:
     )  # fmt: skip
 
 
+_CONDITIONS = ("shape", "layers", "backend", "threads", "prompt", "tokens")
 SHAPES = {"tinyllama": tinyllama, "small": small}
 # How a ratio to a peer is called in the result.
 _CALLED = {"quanto": "quanto_int{bits}", "torchao": "torchao_int8_dynamic"}
@@ -65,7 +66,7 @@ def measure(args: argparse.Namespace, preset: str, known: dict[str, Any]) -> dic
     if not peers:
         return known
     with tempfile.TemporaryDirectory(prefix="mobilequant-speed-") as folder:
-        random_quantized(config, preset).save_pretrained(folder)
+        random_quantized(config, preset, backend=args.backend).save_pretrained(folder)
         sizes = {name: getattr(args, name) for name in ("prompt", "tokens", "repeat", "threads", "apart")}
         found = compare_speed(folder, peers, **sizes)
     own = found["contenders"]["mobilequant"]
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tinyllama")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--presets", default="w8a8,w4a8", metavar="NAMES", help="separated by commas")
+    parser.add_argument("--backend", default="auto", help="of the quantized model, as in set_backend")
     parser.add_argument("--against", default="bf16,quanto", metavar="NAMES", help="peers, separated by commas")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
@@ -104,7 +106,7 @@ def main() -> None:
         if not args.append:
             raise SystemExit(f"{args.out} exists: give another --out, or --append to add peers")
         result = json.loads(args.out.read_text(encoding="utf-8"))
-    conditions = {name: getattr(args, name) for name in ("shape", "layers", "threads", "prompt", "tokens")}
+    conditions = {name: getattr(args, name) for name in _CONDITIONS}
     about = {"cpu": cpu_name(), "fast_dtype": str(fast_dtype()).removeprefix("torch."), **conditions}
     if "about" in result and {name: result["about"][name] for name in about} != about:
         raise SystemExit(f"{args.out} was measured with {result['about']}, not {about}: give another --out")
