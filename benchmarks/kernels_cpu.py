@@ -6,8 +6,8 @@
 Every contender holds copies of its weight that together exceed the cache by far (--rotate) and uses the next one at
 each call. Each round calls every contender once, in random order, so that a busy machine slows all of them; a row
 gives the least and the median time, the ratio of the least times to bfloat16's, and the median of the rounds'
-ratios. GB/s counts the bytes of the weight only; its share is of the fastest plain read (a sum of 64 MiB) of the
-same rounds and threads.
+ratios. With one thread what counts is its CPU time, which other work on the machine disturbs less. GB/s counts the
+bytes of the weight only; its share is of the fastest plain read (a sum of 64 MiB) of the same rounds and threads.
 
 ``codes``: uint8 in, uint8 out, as between two layers of an integer graph. ``drop-in``: bfloat16 in, bfloat16 out, with
 the quantization of the input, as in the place of one float layer.
@@ -105,13 +105,14 @@ def measure(
     calls[READ] = cycle([lambda x, codes, part=part: part.sum() for part in memory.split(READ_BYTES // 4)])
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     generator = random.Random(0)
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
     for turn in range(args.rounds + 2):
         for name in generator.sample(list(calls), len(calls)):
             call = next(calls[name])
-            started = time.perf_counter()
+            started = clock()
             call(x, codes)
             if turn >= 2:  # the first calls prepare code and threads
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     base, bandwidth = seconds[BASE], READ_BYTES / min(seconds[READ]) / 1e9
     found = []
     for contender in contenders:
