@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize, set_backend
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.kernels import registry
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 from optimum_mobilequant.runtime import served
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 BACKENDS = ("simulate", "cpp", "onednn")
 

@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from optimum_mobilequant import MobileQuantConfig, quantize
 from optimum_mobilequant.calibrate.stage import calibrate
-from optimum_mobilequant.prepare import prepare, versions
-from optimum_mobilequant.resources import peak_memory
+from optimum_mobilequant.run.prepare import prepare, versions
+from optimum_mobilequant.run.resources import peak_memory
 from optimum_mobilequant.transform.stage import transform
 from optimum_mobilequant.tune import build_student, learn_end_to_end
 from optimum_mobilequant.tune.stage import objective_of

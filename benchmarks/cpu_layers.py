@@ -29,7 +29,7 @@ from table import cpu_name
 from optimum_mobilequant.bench.runners import TransformersRunner
 from optimum_mobilequant.kernels import cpp
 from optimum_mobilequant.kernels.registry import unavailable
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 from optimum_mobilequant.runtime import backend, served
 
 _CONDITIONS = ("shape", "preset", "layers", "prompt", "tokens", "repeat", "threads")

@@ -36,7 +36,7 @@ from optimum_mobilequant.evaluate.perplexity import token_ids
 from optimum_mobilequant.graph.exact import ExactSimulation
 from optimum_mobilequant.graph.executor import IntegerExecutor
 from optimum_mobilequant.graph.simulation import operation_differences, simulated_codes
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 
 PRESETS = ("w8a8", "w4a8")
 RUNTIMES = ("onnx", "onnxruntime", "onnxruntime-qnn")

@@ -23,9 +23,9 @@ from table import cpu_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import export
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.exporters.genie_runner import generate
-from optimum_mobilequant.prepare import versions
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.run.prepare import versions
 
 
 @dataclass(frozen=True)

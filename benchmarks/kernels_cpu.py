@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from optimum_mobilequant.kernels import LinearSpec, Output, cpp, prepare
 from optimum_mobilequant.kernels.registry import why_not
 from optimum_mobilequant.numerics import Grid
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (32000, 2048))  # out x in: TinyLlama's
 ROWS = (1, 4, 16, 64, 256)

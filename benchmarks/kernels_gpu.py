@@ -33,7 +33,7 @@ from optimum_mobilequant.kernels import BACKENDS, Output, prepare
 from optimum_mobilequant.kernels.gpu import autotune, linear
 from optimum_mobilequant.kernels.weight_only import prepare_weight_only
 from optimum_mobilequant.numerics import Grid
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (2048, 2048), (5632, 2048), (2048, 5632))  # out x in
 ROWS = (1, 4, 8, 16, 2048)

@@ -18,11 +18,11 @@ from typing import Any
 from quality import VARIANTS, Subject, Text, add_options, checked, models_of
 from table import Table, markdown
 
+from optimum_mobilequant.config.recipes import RECIPES
 from optimum_mobilequant.evaluate.ladder import RUNG_PRESETS, RUNGS, Rung, added
 from optimum_mobilequant.evaluate.ladder import cells as rung_cells
 from optimum_mobilequant.lookup import lookup
 from optimum_mobilequant.plan import PRESETS
-from optimum_mobilequant.recipes import RECIPES
 
 KEYS = ("model", "variant", "preset", "recipe", "seed")
 HEADER = ("model", "variant", "seed", "preset", "recipe", "perplexity", "gap", "gain", "minutes", "peak GiB", "extras")

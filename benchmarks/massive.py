@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_mobilequant.data import token_stream
+from optimum_mobilequant.data.sequences import token_stream
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.families import family_of, geometry_of
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 # What the unit's gate should be at position 0 and (negative) elsewhere before it is sharpened, and how much it is.
 _MARGIN, _SHARPEN = 4.0, 4.0

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from transformers.utils import logging
 
 from optimum_mobilequant import MobileQuantConfig, quantize
-from optimum_mobilequant.resources import peak_memory
+from optimum_mobilequant.run.resources import peak_memory
 
 BASE = {"preset": "w4a8", "recipe": "mobilequant", "batch_size": 8, "seq_len": 256, "gradient_checkpointing": False}
 ROWS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,8 @@ from typing import Any
 
 from table import cpu_name, markdown
 
-from optimum_mobilequant.prepare import versions
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.run.prepare import versions
 
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE / "paper_table.md", HERE / "results" / "paper_table.json"

@@ -38,8 +38,8 @@ import torch
 from quality import Subject, Text, add_options, cells_of_perplexity, checked, models_of
 from table import Table, markdown
 
+from optimum_mobilequant.data.run_data import run_data
 from optimum_mobilequant.evaluate.perplexity import token_ids
-from optimum_mobilequant.run_data import run_data
 
 WORKERS = Path(__file__).resolve().parent / "peers"
 OURS = "optimum-mobilequant"

@@ -27,9 +27,9 @@ from table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_mobilequant import MobileQuantConfig, perplexity
+from optimum_mobilequant.config.recipes import SITES
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.evaluate.ladder import quantize_and_score
-from optimum_mobilequant.recipes import SITES
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 VARIANTS = ("plain", "injected")

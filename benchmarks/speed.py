@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from optimum_mobilequant.bench import check_installed, compare_speed
 from optimum_mobilequant.bench.peers import fast_dtype
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 
 
 def small(layers: int = 2) -> LlamaConfig:

@@ -20,7 +20,7 @@ from typing import Any
 
 from table import cpu_name, markdown
 
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 
 
 @dataclass(frozen=True)

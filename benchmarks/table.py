@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from optimum_mobilequant.prepare import versions
+from optimum_mobilequant.run.prepare import versions
 
 
 class Table:

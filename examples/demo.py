@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.report import collect_report, to_html
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
 
 MODEL = Path(__file__).resolve().parent / "demo_model"
 PRESETS = ("w8a8", "w4a8")

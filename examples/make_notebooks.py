@@ -16,7 +16,7 @@ QUICK_START = [
 from transformers import logging as transformers_logging
 
 from optimum_mobilequant import MobileQuantConfig, perplexity
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 
 transformers_logging.disable_progress_bar()
 MODEL = "demo_model"  # a folder or a name on the Hub""",
@@ -47,7 +47,7 @@ TO_PHONE = [
 from transformers import logging as transformers_logging
 
 from optimum_mobilequant import MobileQuantConfig, compare, export, inspect_checkpoint
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 
 transformers_logging.disable_progress_bar()
 MODEL = "demo_model\"""",

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import MobileQuantConfig, perplexity
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(Path(__file__).parent / "demo_model"))

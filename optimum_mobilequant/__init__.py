@@ -27,7 +27,7 @@ _PUBLIC = {
     "export": "exporters",
     "perplexity": "evaluate.perplexity",
     "push": "hub.push",
-    "inspect_checkpoint": "inspection",
+    "inspect_checkpoint": "checkpoint.inspection",
     "set_backend": "runtime",
 }
 
@@ -44,12 +44,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .checkpoint.inspection import inspect_checkpoint
     from .config import MobileQuantConfig
     from .evaluate.compare import compare
     from .evaluate.perplexity import perplexity
     from .exporters import export
     from .hub.push import push
-    from .inspection import inspect_checkpoint
     from .pipeline import quantize
     from .runtime import set_backend
 

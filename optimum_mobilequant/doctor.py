@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .machine import cpu_flags, cpu_name, usable_cores
+from .run.machine import cpu_flags, cpu_name, usable_cores
 
 # The ranges of pyproject.toml, which a package run from its source folder cannot read; a test compares the two.
 PYTHON = ">=3.10"

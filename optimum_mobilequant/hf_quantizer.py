@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoint import check_files, scheme_digest, skeleton
 from .checkpoint.files import DIGEST_KEY, check_values
 from .config import MobileQuantConfig
+from .data.sources import dataset_record
 from .families import family_of, geometry_of
 from .hub.tags import add_tags, remove_tags
 from .log import get_logger
@@ -20,7 +21,6 @@ from .nn.dynamic import refuse_dynamic
 from .plan import Plan, build_plan
 from .registration import METHOD
 from .runtime import set_backend
-from .sources import dataset_record
 
 logger = get_logger(__name__)
 

@@ -9,8 +9,8 @@ from .calibrate.stage import calibrate, choose_prefix
 from .checkpoint import install
 from .checkpoint.stage import fold_and_round
 from .config import MobileQuantConfig
-from .prepare import nll, prepare
 from .rounding import compensate_rounding
+from .run.prepare import nll, prepare
 from .transform.stage import rotate, transform
 from .tune import build_student
 from .tune.stage import correct_biases, finetune, learn, learn_rounding

@@ -6,12 +6,12 @@ import pytest
 
 from optimum_mobilequant import cli
 from optimum_mobilequant.cli.listing import TABLES
+from optimum_mobilequant.config.recipes import EFFORTS, RECIPES
 from optimum_mobilequant.exporters.options import EXPORTERS
 from optimum_mobilequant.exporters.targets import TARGETS
 from optimum_mobilequant.families import FAMILIES
 from optimum_mobilequant.kernels.registry import BACKENDS
 from optimum_mobilequant.plan import PRESETS
-from optimum_mobilequant.recipes import EFFORTS, RECIPES
 
 SOURCES = {
     "presets": PRESETS,

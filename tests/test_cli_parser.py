@@ -7,7 +7,7 @@ import pytest
 
 from optimum_mobilequant import cli
 from optimum_mobilequant.cli.quantize import field
-from optimum_mobilequant.recipes import EFFORTS, RECIPES
+from optimum_mobilequant.config.recipes import EFFORTS, RECIPES
 
 
 def quantize_args(model, dataset, out, *more):

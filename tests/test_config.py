@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_mobilequant.config import FORMAT_VERSION, MobileQuantConfig
+from optimum_mobilequant.config.config import FORMAT_VERSION, MobileQuantConfig
+from optimum_mobilequant.config.recipes import EFFORTS, MATRIX_SITES, RECIPES, SITES
 from optimum_mobilequant.plan.presets import PRESETS
-from optimum_mobilequant.recipes import EFFORTS, MATRIX_SITES, RECIPES, SITES
 
 
 def round_trip(config: MobileQuantConfig) -> MobileQuantConfig:

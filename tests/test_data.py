@@ -6,9 +6,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, tokenization_utils_base
 
-from optimum_mobilequant import data, sources
-from optimum_mobilequant.data import calibration_data, token_stream
-from optimum_mobilequant.sources import iter_documents
+from optimum_mobilequant.data import sequences as data
+from optimum_mobilequant.data import sources
+from optimum_mobilequant.data.sequences import calibration_data, token_stream
+from optimum_mobilequant.data.sources import iter_documents
 
 WORDS = 500  # "w3" is token 3 + 3
 

@@ -4,8 +4,8 @@ import pytest
 
 from examples.demo import PRESETS, RECIPES, REPORTED, Output, show
 from optimum_mobilequant import cli
+from optimum_mobilequant.config.recipes import RECIPES as KNOWN_RECIPES
 from optimum_mobilequant.plan import PRESETS as KNOWN_PRESETS
-from optimum_mobilequant.recipes import RECIPES as KNOWN_RECIPES
 from tests import tiny
 
 

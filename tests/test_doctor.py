@@ -5,7 +5,7 @@ import pytest
 
 from optimum_mobilequant import doctor
 from optimum_mobilequant.kernels.registry import BACKENDS
-from optimum_mobilequant.machine import cpu_flags, cpu_name
+from optimum_mobilequant.run.machine import cpu_flags, cpu_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 

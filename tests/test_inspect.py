@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_mobilequant import inspect_checkpoint, inspection, quantize
+from optimum_mobilequant import inspect_checkpoint, quantize
+from optimum_mobilequant.checkpoint import inspection
 from optimum_mobilequant.nn import quantizers_of
 from tests import tiny
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optimum_mobilequant import MobileQuantConfig, overlap, perplexity, quantize
-from optimum_mobilequant.overlap import COUNT, LENGTH, passages_of
+from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant.data import overlap
+from optimum_mobilequant.data.overlap import COUNT, LENGTH, passages_of
 from tests.tiny import build, config
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from optimum_mobilequant.data import calibration_data
+from optimum_mobilequant.data.sequences import calibration_data
 from tests import tiny
 from tests.test_benchmarks import folder  # noqa: F401  (a fixture: a small model and two texts)
 

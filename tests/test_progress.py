@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from transformers.utils import logging
 
-from optimum_mobilequant import quantize, recipes
-from optimum_mobilequant.duration import in_words, remaining_work, seconds_of_a_pass
+from optimum_mobilequant import quantize
+from optimum_mobilequant.config import recipes
 from optimum_mobilequant.log import ROOT, get_logger, progress_bar
-from optimum_mobilequant.resources import held_memory, peak_memory
-from optimum_mobilequant.summary import summary
+from optimum_mobilequant.run.duration import in_words, remaining_work, seconds_of_a_pass
+from optimum_mobilequant.run.resources import held_memory, peak_memory
+from optimum_mobilequant.run.summary import summary
 from tests import tiny
 
 # (recipe, options) -> bars, in the order of the run

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from optimum_mobilequant import cli, recipes
+from optimum_mobilequant import cli
+from optimum_mobilequant.config import recipes
 from tests import tiny
 
 PAGES = sorted([tiny.ROOT / "README.md", *(tiny.ROOT / "docs").glob("*.md")])

@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_mobilequant import run_dir
-from optimum_mobilequant.run_dir import STAGES, RunDirectory, fingerprint_of
+from optimum_mobilequant.run import run_dir
+from optimum_mobilequant.run.run_dir import STAGES, RunDirectory, fingerprint_of
 
 FINGERPRINT = {"data": "abc", "settings": {"seed": 0, "transforms": ("a", "b")}}
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_mobilequant import MobileQuantConfig, cli, quantize, selfgen
-from optimum_mobilequant.selfgen import GREEDY, start_tokens, write_sequences
+from optimum_mobilequant import MobileQuantConfig, cli, quantize
+from optimum_mobilequant.data import selfgen
+from optimum_mobilequant.data.selfgen import GREEDY, start_tokens, write_sequences
 from tests.tiny import VOCAB, build, config
 
 BOS, EOS = 1, 2
@@ -180,7 +181,7 @@ def test_broken_logits_and_a_vocabulary_of_special_tokens_are_refused():
 
 
 def test_self_has_no_splits_and_is_no_file_to_read():
-    from optimum_mobilequant.sources import iter_documents
+    from optimum_mobilequant.data.sources import iter_documents
 
     with pytest.raises(ValueError, match='dataset "self" has no splits'):
         run(dataset_split="train")

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from optimum_mobilequant import quantize
 from optimum_mobilequant.calibrate import stage as calibrate_stage
-from optimum_mobilequant.teachers import load_teachers
+from optimum_mobilequant.run.teachers import load_teachers
 from tests.tiny import VOCAB, build, config, token_ids
 
 FINETUNE = {"recipe": "rtn", "effort": "light", "steps": None, "finetune": "scales", "finetune_steps": 4}
@@ -103,7 +103,7 @@ def test_bad_lists_are_refused(teachers):
 
 
 def test_ids_without_tokenizer_compare_sizes_only(folder, monkeypatch):
-    from optimum_mobilequant import teachers
+    from optimum_mobilequant.run import teachers
 
     found = []
     monkeypatch.setattr(teachers.logger, "warning", found.append)

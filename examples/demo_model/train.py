@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 
 SEQUENCE = 256
 VOCABULARY = 2048

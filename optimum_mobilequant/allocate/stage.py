@@ -16,7 +16,7 @@ from .sensitivity import MEASURES
 from .solve import allocate, smallest, total
 
 if TYPE_CHECKING:
-    from ..prepare import Prepared
+    from ..run.prepare import Prepared
 
 logger = get_logger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..log import progress_bar
 from ..registration import METHOD
-from ..resources import peak_memory, reset_peak_memory
+from ..run.resources import peak_memory, reset_peak_memory
 from .peers import PEERS, Subject, check_installed, load
 from .runners import Runner, TransformersRunner
 

@@ -32,8 +32,9 @@ def write_int4(subject: Subject) -> Path:
 
     folder = subject.scratch / "onnx-int4"
     folder.mkdir()
-    sizes = {"context": subject.prompt + subject.tokens, "prompt_length": subject.prompt}
-    export_onnx(subject.folder, folder, ExportOptions(**sizes, qdq=False, integer_io=False))
+    context = subject.prompt + subject.tokens
+    options = ExportOptions(context=context, prompt_length=subject.prompt, qdq=False, integer_io=False)
+    export_onnx(subject.folder, folder, options)
     prompt, token = folder / "prompt.onnx", folder / "token.onnx"
     quantizer = quantizer_of(str(prompt), bits=4, block_size=BLOCK, accuracy_level=INT8_PRODUCTS)
     quantizer.process()

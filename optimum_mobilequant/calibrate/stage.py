@@ -14,7 +14,7 @@ from .prefix import FoundPrefix, find_prefix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..prepare import Prepared
+    from ..run.prepare import Prepared
 
 
 def choose_prefix(model: PreTrainedModel, job: Prepared) -> list[tuple[Tensor, Tensor]]:

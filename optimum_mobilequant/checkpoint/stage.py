@@ -9,7 +9,7 @@ from torch import nn
 from .pack import Packed, pack
 
 if TYPE_CHECKING:
-    from ..prepare import Prepared
+    from ..run.prepare import Prepared
 
 
 def fold_and_round(student: nn.Module, job: Prepared) -> Packed:

@@ -16,7 +16,7 @@ def register(add: AddCommand) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    from optimum_mobilequant.inspection import inspect_checkpoint
+    from optimum_mobilequant.checkpoint.inspection import inspect_checkpoint
 
     listing = inspect_checkpoint(args.checkpoint)
     if args.json:

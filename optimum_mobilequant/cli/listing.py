@@ -36,13 +36,13 @@ def _presets() -> list[Row]:
 
 
 def _recipes() -> list[Row]:
-    from optimum_mobilequant.recipes import RECIPES
+    from optimum_mobilequant.config.recipes import RECIPES
 
     return [(name, recipe.summary) for name, recipe in RECIPES.items()]
 
 
 def _efforts() -> list[Row]:
-    from optimum_mobilequant.recipes import EFFORTS
+    from optimum_mobilequant.config.recipes import EFFORTS
 
     spent = "{0.summary}: {0.recipe}, {0.samples} samples of {0.seq_len} tokens, {0.steps} + {0.rounding_steps} steps"
     return [(name, spent.format(effort)) for name, effort in EFFORTS.items()]

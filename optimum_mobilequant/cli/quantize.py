@@ -73,7 +73,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     from optimum_mobilequant import MobileQuantConfig, quantize
     from optimum_mobilequant.log import show_progress_lines
-    from optimum_mobilequant.summary import summary
+    from optimum_mobilequant.run.summary import summary
 
     show_progress_lines()
     config = MobileQuantConfig.from_dict(fields)
@@ -125,7 +125,7 @@ def field(text: str) -> tuple[str, Any]:
 
 def check_dataset(config: Any) -> None:
     """Reads until the first text: a missing file or column would otherwise show only once the model is loaded."""
-    from optimum_mobilequant.sources import SELF, iter_documents
+    from optimum_mobilequant.data.sources import SELF, iter_documents
 
     if config.dataset == SELF:
         return

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import MobileQuantConfig
+from ..config.recipes import RECIPES
+from ..config.settings import Settings
+from ..data.sources import dataset_record
 from ..log import get_logger
 from ..lookup import lookup
 from ..plan.presets import PRESETS
-from ..recipes import RECIPES
-from ..resources import reset_peak_memory
-from ..settings import Settings
-from ..sources import dataset_record
+from ..run.resources import reset_peak_memory
 from .perplexity import perplexity
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..data.overlap import warn_if_calibrated_on
 from ..log import progress_bar
 from ..nn.prefix import logits_behind, prefix_length
-from ..overlap import warn_if_calibrated_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import check_files, skeleton
+from ..checkpoint.inspection import empty_model
 from ..checkpoint.pack import input_of
 from ..checkpoint.reader import TensorReader
 from ..graph.load import QUANTO, method_of
 from ..hf_quantizer import plan_of, sentinel_key
-from ..inspection import empty_model
 from ..log import get_logger
 from ..nn import QWeight
 from ..plan import Plan

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..log import get_logger
-from ..resources import peak_memory
+from ..run.resources import peak_memory
 from .folder import write_json
 from .genie_config import (
     Vocabulary,

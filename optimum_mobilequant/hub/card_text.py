@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..settings import Settings
+from ..config.settings import Settings
 from .base import Base
 from .facts import Export, Facts
 from .scores import Evaluation

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..checkpoint.inspection import Inspection, inspect_checkpoint
 from ..config import MobileQuantConfig
+from ..data.sources import FILE_TYPES, dataset_kind
 from ..exporters.folder import RECORD
-from ..inspection import Inspection, inspect_checkpoint
 from ..log import get_logger
-from ..sources import FILE_TYPES, dataset_kind
 from .names import is_hub_id
 from .scores import Evaluation, read_evaluations
 

@@ -11,11 +11,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.inspection import inspect_checkpoint
 from ..checkpoint.record import is_checkpoint
 from ..config import MobileQuantConfig
 from ..evaluate.ladder import LADDER_FILE
-from ..inspection import inspect_checkpoint
-from ..run_dir import FINGERPRINT
+from ..run.run_dir import FINGERPRINT
 from .ladder import find_ladder, read_ladder
 from .run import add_run
 from .sites import SiteErrors, measure_sites
@@ -31,7 +31,7 @@ class Report:
     Attributes:
         title: name of the folder. kind: ``"checkpoint"``, ``"run"`` or ``"ladder"``.
         settings: options of the run that differ from the defaults. recorded: what the run measured.
-        rows: every tensor, as :class:`~optimum_mobilequant.inspection.Inspection` lists it. totals: sizes.
+        rows: every tensor, as :class:`~optimum_mobilequant.checkpoint.inspection.Inspection` lists it. totals: sizes.
         history: stage -> pairs of step and validation loss.
         stages: stage of a run directory -> "finished", "under way" or "-".
         calibrated: activation -> smallest and largest value that calibration saw, where a run directory is given.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..run_dir import FINGERPRINT, STAGES
+from ..run.run_dir import FINGERPRINT, STAGES
 
 if TYPE_CHECKING:
     from .collect import Report

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..config.recipes import COMPENSATED
 from ..log import get_logger
-from ..recipes import COMPENSATED
 from ..tune import Learnables, LearnResult
 from ..tune.objective import make_objective
 from .compensate import Compensation
 from .sequential import Method, Rounded, round_layers
 
 if TYPE_CHECKING:
-    from ..prepare import Prepared
+    from ..run.prepare import Prepared
 
 logger = get_logger(__name__)
 

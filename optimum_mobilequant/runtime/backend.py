@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.pack import input_of
+from ..config.options import BACKENDS
 from ..kernels import BACKENDS as KERNELS
 from ..kernels.registry import VARIABLE, unavailable
 from ..log import get_logger
 from ..lookup import unknown_name
 from ..nn import QuantEmbedding, QuantLinear, QuantNorm, QWeight
-from ..options import BACKENDS
 from .linear import Served, pack_linear
 
 if TYPE_CHECKING:

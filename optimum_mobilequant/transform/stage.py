@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate import Statistics, choose_ranges, collect
+from ..config.recipes import SITES
 from ..nn.matrix import Matrix
-from ..recipes import SITES
 from ..tune import Learnables, attach_matrices, least_output_error, refuse_different
 from ..tune.output_ranges import Ranges
 from .adaptive import adaptive_scales
@@ -19,7 +19,7 @@ from .matrices import matrix_edges_of
 from .smooth import smooth_scales
 
 if TYPE_CHECKING:
-    from ..prepare import Prepared
+    from ..run.prepare import Prepared
 
 # Share of the median channel's magnitude below which a channel counts as silent.
 SILENT = 0.01

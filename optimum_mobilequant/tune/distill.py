@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config.settings import Settings
 from ..nn import Mode, set_mode
 from ..nn.prefix import logits_behind, prefix_states, prepend
 from ..numerics.recompute import recomputing
 from ..plan import Plan
-from ..settings import Settings
 from .objective import kl_top_k, normalised_mse
 from .student import build_student
 

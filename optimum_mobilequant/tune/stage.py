@@ -21,7 +21,7 @@ from .parameters import Learnables
 from .rounding import Rounding
 
 if TYPE_CHECKING:
-    from ..prepare import Prepared
+    from ..run.prepare import Prepared
 
 logger = get_logger(__name__)
 

@@ -56,7 +56,7 @@ def test_what_the_user_overrides_beside_the_bits_goes_on_to_hold():
 
 
 def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
-    from optimum_mobilequant.run_dir import RunDirectory
+    from optimum_mobilequant.run.run_dir import RunDirectory
 
     options = {"bits": "auto:6", "sensitivity": "kl", "batch_size": 2}
     expected = quantize(build("llama"), None, config("w8a8", **options))

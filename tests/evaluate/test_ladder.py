@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from optimum_mobilequant import perplexity, quantize
 from optimum_mobilequant.evaluate import ladder as module
 from optimum_mobilequant.evaluate.ladder import Rung, added, ladder, table
-from optimum_mobilequant.resources import peak_memory, reset_peak_memory
+from optimum_mobilequant.run.resources import peak_memory, reset_peak_memory
 from tests.tiny import build, config
 
 OPTIONS = {"effort": "none", "samples": 8, "seq_len": 16, "batch_size": 4}

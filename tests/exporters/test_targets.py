@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from optimum_mobilequant import MobileQuantConfig, prepare, quantize
+from optimum_mobilequant import MobileQuantConfig, quantize
 from optimum_mobilequant.exporters.targets import TARGETS, Rule, check_graph, check_plan, findings, soc_of, widen_graph
 from optimum_mobilequant.exporters.targets.check import facts_of
 from optimum_mobilequant.graph import KINDS
 from optimum_mobilequant.numerics import dequantize
 from optimum_mobilequant.plan import PRESETS
+from optimum_mobilequant.run import prepare
 from tests import tiny
 from tests.exporters import fixed
 from tests.graph import floating

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from optimum_mobilequant import cli, run_dir
+from optimum_mobilequant import cli
+from optimum_mobilequant.run import run_dir
 from tests import tiny
 from tests.pipeline.test_resume import run
 

@@ -78,7 +78,7 @@ def test_training_and_learned_rounding_work_in_groups():
 def test_what_was_validated_is_what_is_packed():
     """The packed model computes what the student computed, to float32's rounding."""
     from optimum_mobilequant import pipeline
-    from optimum_mobilequant.prepare import prepare
+    from optimum_mobilequant.run.prepare import prepare
     from optimum_mobilequant.tune import build_student
 
     options = {"recipe": "rtn", "overrides": GROUPS, "range_init": "mse", "clip_init": "mse"}

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from optimum_mobilequant import MobileQuantConfig, pipeline, quantize
 from optimum_mobilequant.checkpoint import stage as checkpoint_stage
-from optimum_mobilequant.run_dir import RunDirectory
+from optimum_mobilequant.run.run_dir import RunDirectory
 from optimum_mobilequant.tune import LearnResult
 from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import VOCAB, build, config, logits_of, token_ids

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from optimum_mobilequant import pipeline, prepare, quantize
+from optimum_mobilequant import pipeline, quantize
 from optimum_mobilequant.nn import QuantActivation
 from optimum_mobilequant.nn.quantizer import quantizers_of
+from optimum_mobilequant.run import prepare
 from optimum_mobilequant.transform import stage as transform_stage
 from tests.folding import relative_error
 from tests.tiny import FAMILIES, build, config, logits_of, probe_ids, token_ids
@@ -130,7 +131,7 @@ def test_samples_and_length_bound_the_data():
 def test_layers_are_recomputed_where_memory_is_short(free, expected, monkeypatch):
     seen = []
     student = pipeline.build_student
-    monkeypatch.setattr("optimum_mobilequant.resources.available_memory", lambda device: free)
+    monkeypatch.setattr("optimum_mobilequant.run.resources.available_memory", lambda device: free)
     monkeypatch.setattr(pipeline, "build_student", lambda *a, **k: seen.append(k["checkpointing"]) or student(*a, **k))
     learned(steps=1)
     assert seen == [expected]

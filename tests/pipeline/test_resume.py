@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_mobilequant import quantize, recipes
+from optimum_mobilequant import quantize
 from optimum_mobilequant.calibrate import stage as calibrate_stage
 from optimum_mobilequant.checkpoint import stage as checkpoint_stage
+from optimum_mobilequant.config import recipes
 from optimum_mobilequant.transform import stage as transform_stage
 from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import build, config, run_python, token_ids

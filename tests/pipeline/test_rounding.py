@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_mobilequant import MobileQuantConfig, pipeline, quantize
-from optimum_mobilequant.prepare import prepare
+from optimum_mobilequant.run.prepare import prepare
 from optimum_mobilequant.tune import Rounding, build_student
 from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import build, config, logits_of, token_ids

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from optimum_mobilequant import pipeline, quantize, recipes
+from optimum_mobilequant import pipeline, quantize
+from optimum_mobilequant.config import recipes
 from optimum_mobilequant.nn import Mode, set_mode
 from optimum_mobilequant.transform import edges_of
 from optimum_mobilequant.transform import stage as transform_stage

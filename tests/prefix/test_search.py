@@ -5,7 +5,7 @@ import torch
 from optimum_mobilequant import quantize
 from optimum_mobilequant.calibrate import find_outliers, find_prefix
 from optimum_mobilequant.calibrate.prefix import most_tokens
-from optimum_mobilequant.prepare import nll
+from optimum_mobilequant.run.prepare import nll
 from optimum_mobilequant.transform import edges_of, smooth_scales
 from tests.prefix.fixture import massive, texts
 from tests.tiny import build, config, plan_of

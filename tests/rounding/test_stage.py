@@ -8,8 +8,8 @@ import torch
 from optimum_mobilequant import MobileQuantConfig, quantize
 from optimum_mobilequant.calibrate.stage import calibrate
 from optimum_mobilequant.nn import Mode, set_mode
-from optimum_mobilequant.prepare import prepare
 from optimum_mobilequant.rounding import Compensation, Method, round_layers, sequential
+from optimum_mobilequant.run.prepare import prepare
 from optimum_mobilequant.transform.stage import transform
 from optimum_mobilequant.tune import build_student
 from tests.tiny import FAMILIES, build, config, logits_of, token_ids

@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize, set_backend
+from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.graph.executor import IntegerExecutor
 from optimum_mobilequant.kernels import registry
 from optimum_mobilequant.nn import QuantLinear
 from optimum_mobilequant.runtime import served, simulated
-from optimum_mobilequant.stdlib_corpus import stdlib_texts
 from tests.tiny import ROOT
 
 DEMO = ROOT / "examples" / "demo_model"

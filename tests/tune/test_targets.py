@@ -87,7 +87,7 @@ def test_a_run_keeps_what_it_reads_again(steps, passes, monkeypatch):
 def test_no_memory_keeps_nothing(monkeypatch):
     made = []
     init = Targets.__init__
-    monkeypatch.setattr("optimum_mobilequant.prepare.available_memory", lambda device: 1000)
+    monkeypatch.setattr("optimum_mobilequant.run.prepare.available_memory", lambda device: 1000)
     monkeypatch.setattr(
         Targets, "__init__", lambda self, place, rows=(), **k: made.append(list(rows)) or init(self, place, rows, **k)
     )

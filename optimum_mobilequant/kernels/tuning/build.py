@@ -54,8 +54,8 @@ def build_passes() -> Path:
         logger.info(f"compiling the passes of tuning with {compiler} (once, some seconds)")
         made, threads = folder / "passes.so", _thread_flags(compiler, folder)
         command = [compiler, *_FLAGS, *threads.compile, "-shared", str(_SOURCE), "-o", str(made), *threads.link]
-        if error := _run(command):
-            raise BuildError(f"{compiler} fails on them: {error}")
+        if failure := _run(command):
+            raise BuildError(f"{compiler} fails on them: {failure}")
         os.replace(made, target)  # complete or not there, whoever else compiles now
     except OSError as error:
         raise BuildError(f"they cannot be stored in {target.parent}: {error}") from None

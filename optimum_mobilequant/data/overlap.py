@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .log import get_logger
+from ..log import get_logger
 
 logger = get_logger(__name__)
 

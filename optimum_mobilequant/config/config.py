@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .lookup import lookup, unknown_name
-from .methods import NO_ADAPTERS
+from ..data.sources import dataset_kind, dataset_record
+from ..lookup import lookup, unknown_name
+from ..methods import NO_ADAPTERS
 from .options import DEFAULT_GROUP, DEFAULT_OUTLIERS, check_bits, check_format_options, check_values, whole
 from .recipes import EFFORTS
 from .settings import Settings, settings_of
-from .sources import dataset_kind, dataset_record
 
 if TYPE_CHECKING:
-    from .plan.presets import Scheme
+    from ..plan.presets import Scheme
 
 FORMAT_VERSION = 1  # of what `to_dict` writes; raised whenever an older package could misread it
 
@@ -40,10 +40,10 @@ class MobileQuantConfig(QuantizationConfigMixin):
         dataset_split: split of a named dataset; None takes ``"train"``.
         text_column: column that holds the text; None takes ``"text"``, then ``"input_ids"``.
         tokenizer: tokenizer object or name; None loads the one that belongs to the model.
-        recipe: what is done, a key of ``optimum_mobilequant.recipes.RECIPES``. None takes the effort's own:
+        recipe: what is done, a key of ``optimum_mobilequant.config.recipes.RECIPES``. None takes the effort's own:
             ``"best"`` at ``"default"`` and ``"best"``, ``"mobilequant"`` below, wherever ``weight_format`` has no
             integers to learn, and with ``tuning="none"`` or ``steps=0``. The config then states its name.
-        effort: how much is spent on it, a key of ``optimum_mobilequant.recipes.EFFORTS``.
+        effort: how much is spent on it, a key of ``optimum_mobilequant.config.recipes.EFFORTS``.
         seed: seed of data order and training.
         overrides: exceptions to the preset. Keys are ``fnmatch`` patterns of module or tensor names, values hold
             any of ``weight_bits`` (3, 4, 8 or 16), ``weight_symmetric`` (bool), ``weight_granularity`` (``"channel"``,
@@ -270,7 +270,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         Raises:
             ValueError: unknown preset, or a stored scheme that this version cannot read.
         """
-        from .plan.presets import PRESETS, Scheme, with_format
+        from ..plan.presets import PRESETS, Scheme, with_format
 
         if self.scheme is None:
             scheme = lookup("preset", PRESETS, self.preset)
@@ -346,7 +346,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """[`to_dict`] without what equals the default; enough to rebuild the config with this package version."""
-        from .plan.presets import PRESETS
+        from ..plan.presets import PRESETS
 
         values, default = self.to_dict(), type(self)().to_dict()
         if self.resolve_scheme() == PRESETS.get(self.preset):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .log import get_logger
+from ..log import get_logger
 from .sources import dataset_kind, iter_documents
 
 if TYPE_CHECKING:

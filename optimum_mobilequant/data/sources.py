@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeAlias
 
 import torch
 
-from .lookup import unknown_name
+from ..lookup import unknown_name
 from .stdlib_corpus import stdlib_texts
 
 Document: TypeAlias = str | torch.Tensor  # a text, or its token ids as int64 [tokens]

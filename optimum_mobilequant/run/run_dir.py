@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .lookup import lookup
+from ..lookup import lookup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

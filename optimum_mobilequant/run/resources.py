@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from .plan import Plan
-from .recipes import COMPENSATED
-from .settings import Settings
+from ..config.recipes import COMPENSATED
+from ..config.settings import Settings
+from ..plan import Plan
 
 
 def memory_estimate(plan: Plan, settings: Settings) -> int:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .checkpoint import check_files, skeleton
-from .checkpoint.pack import bias_scale, input_of
-from .checkpoint.reader import TensorReader
-from .config import MobileQuantConfig
-from .hf_quantizer import METHOD, plan_of, sentinel_key
-from .numerics import Grid
-from .plan import ActivationSpec, Plan, WeightSpec
+from ..config import MobileQuantConfig
+from ..hf_quantizer import METHOD, plan_of, sentinel_key
+from ..numerics import Grid
+from ..plan import ActivationSpec, Plan, WeightSpec
+from . import check_files, skeleton
+from .pack import bias_scale, input_of
+from .reader import TensorReader
 
 _COLUMNS = ("tensor", "role", "bits", "scale", "zero_point", "min", "max", "bytes")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .log import progress_bar
+from ..log import progress_bar
 from .sources import SELF
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .calibrate.prefix import TEXTS
-from .recipes import COMPENSATED
-from .tune.output_ranges import SEQUENCES
+from ..calibrate.prefix import TEXTS
+from ..config.recipes import COMPENSATED
+from ..tune.output_ranges import SEQUENCES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .plan import Plan
-    from .settings import Settings
+    from ..config.settings import Settings
+    from ..plan import Plan
 
 # Float forward passes of one sequence that a sequence costs in each kind of work, measured on the demo model with two
 # cores; `.ci/test_demo.py` holds the estimate against what the demo's runs then took.

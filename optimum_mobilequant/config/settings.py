@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .lookup import lookup
+from ..lookup import lookup
 from .recipes import COMPENSATED, EFFORTS, MATRIX_SITES, RECIPES, SITES, Effort, Recipe
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .lookup import lookup, unknown_name
+from ..lookup import lookup, unknown_name
 from .recipes import (
     CLIP_INITS,
     FINETUNES,
@@ -26,7 +26,7 @@ from .recipes import (
 )
 
 if TYPE_CHECKING:
-    from .plan.presets import Scheme
+    from ..plan.presets import Scheme
 
 # What a loaded model computes with; see runtime.set_backend.
 BACKENDS = ("auto", "reference", "onednn", "cpp", "triton", "simulate")
@@ -197,7 +197,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         except RuntimeError as error:
             raise ValueError(f'device "{device}" is not a torch device, e.g. "cpu" or "cuda:0"') from error
     if (target := values["target"]) is not None:
-        from .exporters.targets import TARGETS
+        from ..exporters.targets import TARGETS
 
         lookup("target", TARGETS, target)
     check_overrides(values["overrides"] or {})
@@ -233,8 +233,8 @@ def check_bits(bits: str | None, sensitivity: str | None, bit_choices: list[int]
             if value:
                 raise ValueError(f'{name}={value!r} would have no effect: it belongs to bits="auto:..."; set bits')
         return
-    from .allocate import parse_budget
-    from .allocate.stage import DEFAULT_CHOICES
+    from ..allocate import parse_budget
+    from ..allocate.stage import DEFAULT_CHOICES
 
     budget, choices = parse_budget(bits), sorted(bit_choices or DEFAULT_CHOICES)
     if budget.kind == "bits" and not min(choices) <= budget.value <= max(choices):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .log import get_logger
+from ..log import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

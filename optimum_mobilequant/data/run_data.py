@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..config import MobileQuantConfig
+from ..config.settings import Settings
+from ..run.run_dir import RunDirectory
 from . import selfgen
-from .config import MobileQuantConfig
-from .data import CalibrationData, calibration_data, held_out_of, sha256_of
-from .run_dir import RunDirectory
 from .selfgen import check_generates, start_tokens, write_sequences
-from .settings import Settings
+from .sequences import CalibrationData, calibration_data, held_out_of, sha256_of
 from .sources import SELF, dataset_kind, iter_documents
 
 if TYPE_CHECKING:

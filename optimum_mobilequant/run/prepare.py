@@ -20,26 +20,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .calibrate import FoundPrefix
-from .calibrate.prefix import most_tokens
-from .config import MobileQuantConfig
-from .data import CalibrationData
+from ..calibrate import FoundPrefix
+from ..calibrate.prefix import most_tokens
+from ..config import MobileQuantConfig
+from ..config.settings import Settings
+from ..data.overlap import passages_of
+from ..data.run_data import RunData, peek, run_data, tokenizer_of
+from ..data.sequences import CalibrationData
+from ..evaluate.perplexity import exp_or_inf
+from ..families import family_of, geometry_of
+from ..hub.names import hub_id_of
+from ..log import get_logger
+from ..nn.prefix import logits_behind
+from ..plan import Plan, build_plan
+from ..transform import refuse_unmergeable
+from ..tune import LearnResult, correctable
 from .duration import in_words, remaining_work, seconds_of_a_pass
-from .evaluate.perplexity import exp_or_inf
-from .families import family_of, geometry_of
-from .hub.names import hub_id_of
-from .log import get_logger
 from .machine import cpu_name
-from .nn.prefix import logits_behind
-from .overlap import passages_of
-from .plan import Plan, build_plan
 from .resources import available_memory, checkpoints, held_memory, memory_estimate, peak_memory, shortage
-from .run_data import RunData, peek, run_data, tokenizer_of
 from .run_dir import STAGES, RunDirectory, fingerprint_of, weights_digest
-from .settings import Settings
 from .teachers import FLOAT, Teacher, load_teachers
-from .transform import refuse_unmergeable
-from .tune import LearnResult, correctable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -283,7 +283,7 @@ def prepare(
         correctable(model, family)
     plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
     if config.target is not None:
-        from .exporters.targets import TARGETS, check_plan
+        from ..exporters.targets import TARGETS, check_plan
 
         check_plan(model, plan, TARGETS[config.target])
     peek(config)  # before looking for a tokenizer
@@ -386,7 +386,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions a result depends on."""
-    from . import __version__
+    from .. import __version__
 
     return {
         "optimum-mobilequant": __version__,

@@ -1,0 +1,1 @@
+"""Text to tokens: sources, sequences drawn from them, and text the model writes itself."""
