@@ -58,7 +58,9 @@ import json, os, signal, sys
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
-from optimum_mobilequant import quantize, recipes, run_dir
+from optimum_mobilequant import quantize
+from optimum_mobilequant.config import recipes
+from optimum_mobilequant.run import run_dir
 from tests.pipeline.test_resume import options_of
 from tests.tiny import build, config
 

@@ -154,7 +154,8 @@ def test_rotary_tables_that_depend_on_the_text_are_refused():
 KILL = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from optimum_mobilequant import quantize, run_dir
+from optimum_mobilequant import quantize
+from optimum_mobilequant.run import run_dir
 from tests.tiny import build, config
 stage, folder = sys.argv[1:]
 original = run_dir.RunDirectory.save
