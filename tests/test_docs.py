@@ -106,7 +106,7 @@ def test_the_site_shows_every_name_of_the_reference(site):
     text = (site / "api" / "index.html").read_text(encoding="utf-8")
     assert len(REFERENCE) > 25 and not [name for name in REFERENCE if f'id="{name}"' not in text]
     for member in ("MobileQuantConfig.resolve", "MobileQuantConfig.to_dict"):
-        assert f'id="optimum_mobilequant.config.{member}"' in text
+        assert f'id="optimum_mobilequant.config.config.{member}"' in text
 
 
 def test_the_pages_import_what_the_reference_has():

@@ -68,6 +68,8 @@ class QWeight(nn.Module):
     _nibbles: Tensor
     _multiplier: Tensor
 
+    _holder: CodesHolder | None
+
     def __init__(
         self, codes: Tensor, scale: Tensor, zero_point: Tensor, rule: WeightRule, multiplier: Tensor | None = None
     ):
@@ -88,7 +90,7 @@ class QWeight(nn.Module):
             if not rule.symmetric:
                 self.register_buffer("_zero_point", zero_point.to(torch.int32))
         self.register_buffer("_scale", scale.float())
-        self._holder: CodesHolder | None = None
+        self._keep_by(None)
         self.generation = 0  # rises when the stored integers may have changed: what was packed from them is stale
         self._register_state_dict_hook(_insert_codes)
         self.register_load_state_dict_pre_hook(_take_back)
@@ -188,15 +190,19 @@ class QWeight(nn.Module):
 
         The state dict keeps its keys and values.
         """
-        self._holder = holder
+        self._keep_by(holder)
         owner, name = self._place
         setattr(owner, name, nn.Parameter(getattr(owner, name).new_empty(0), requires_grad=False))
+
+    def _keep_by(self, holder: CodesHolder | None) -> None:
+        # Past nn.Module: a holder may be a module, but it belongs to its linear, and the next one may be none.
+        object.__setattr__(self, "_holder", holder)
 
     def take_back(self) -> None:
         """Keep the codes here again; nothing if they are."""
         if self._holder is not None:
             codes, (owner, name) = self._holder.codes(), self._place
-            self._holder = None
+            self._keep_by(None)
             setattr(owner, name, nn.Parameter(self._stored(codes), requires_grad=False))
 
     @property

@@ -84,7 +84,7 @@ def test_it_works_without_learned_transforms():
 
 @pytest.mark.parametrize("start", ["gptq", "qronos"])
 def test_learning_goes_on_from_a_closed_form(start):
-    nearest, closed, learned = run("nearest"), run(start), run("learned", rounding_start=start)
+    nearest, closed, learned = run("nearest"), run(start), run("learned", rounding_start=start, lr_offsets=0.01)
     record, of_closed = (m.config.quantization_config.recorded["rounding"] for m in (learned, closed))
     assert record["start"] == pytest.approx(of_closed["best"], rel=1e-5)
     assert record["best"] < record["start"] < of_closed["start"]
@@ -114,7 +114,7 @@ def test_only_offsets_gains_and_ranges_are_trained_with_rounding():
         ({"recipe": "best", "rounding_damping": 0.1, "rounding_start": "nearest"}, 'set rounding="gptq" or "qronos"'),
         ({"rounding": "learned", "effort": "none"}, 'effort="none" runs no step'),
         ({"rounding": "learned", "rounding_steps": 0}, "rounding_steps=0 runs no step"),
-        ({"rounding_steps": 5}, 'set rounding="learned"'),
+        ({"rounding_steps": 5, "recipe": "mobilequant"}, 'set rounding="learned"'),
         ({"lr_offsets": 0.1, "recipe": "rtn"}, 'set rounding="learned"'),
         ({"recipe": "best", "rounding": "nearest", "lr_gains": 0.1}, 'set rounding="learned"'),
         ({"rounding": "learnt"}, 'did you mean "learned"'),
