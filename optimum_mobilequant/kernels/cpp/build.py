@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,9 +91,20 @@ def build_library() -> Path:
     Raises:
         BuildError: no compiler, a failed compilation, or a cache folder that cannot be written.
     """
+    return kept(library_file(), "the compiled kernels", _compile)
+
+
+def kept(target: Path, what: str, make: Callable[[str, Path], Path]) -> Path:
+    """``target``, made now if it is not there, complete or not at all, whoever else makes it at the same time.
+
+    Args:
+        what: is made, in the words of messages. make: compiles it with a compiler in a folder, and says where.
+
+    Raises:
+        BuildError: as :func:`build_library`.
+    """
     if sys.platform == "win32":
-        raise BuildError("the compiled kernels are for Linux and macOS")
-    target = library_file()
+        raise BuildError(f"{what} are for Linux and macOS")
     if target.is_file():
         return target
     compiler = find_compiler()
@@ -104,11 +116,10 @@ def build_library() -> Path:
             f"the cache folder {target.parent} cannot be written ({error.strerror}); set TORCH_EXTENSIONS_DIR"
         ) from None
     try:
-        logger.info(f"compiling CPU kernels with {compiler} (once, some seconds)")
-        _compile(compiler, folder)
-        os.replace(folder / "linear.so", target)  # complete or not there, whoever else compiles now
+        logger.info(f"compiling {what} with {compiler} (once, some seconds)")
+        os.replace(make(compiler, folder), target)
     except OSError as error:
-        raise BuildError(f"the compiled kernels cannot be stored in {target.parent}: {error}") from None
+        raise BuildError(f"{what} cannot be stored in {target.parent}: {error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
@@ -127,7 +138,7 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: {named or 'g++, clang++, c++'} not found; install g++ or set CXX")
 
 
-def _compile(compiler: str, folder: Path) -> None:
+def _compile(compiler: str, folder: Path) -> Path:
     """All units and the dispatcher, linked to ``folder/linear.so``.
 
     A unit that this compiler does not know is left out; the portable one must compile.
@@ -154,6 +165,7 @@ def _compile(compiler: str, folder: Path) -> None:
     for command in (*compile_plain, link):
         if error := _run(command):
             raise BuildError(f"{compiler} fails on the CPU kernels: {error}")
+    return folder / "linear.so"
 
 
 @dataclass(frozen=True)
