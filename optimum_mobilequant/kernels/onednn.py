@@ -3,6 +3,10 @@
 Activations are always passed as uint8. With int8 activations oneDNN runs a reference loop for small products: a key or
 value projection at decode then takes milliseconds, not microseconds; with uint8 it never does. 4-bit weights are
 unpacked to int8 when they are packed: int8 speed, no memory saved.
+
+What a product cannot take at once is taken in planes: a code is a sum of fields of its bits, each of which is a row of
+the same product, so weights are read once. So it is with 16-bit codes, and with 8-bit weights where two products of
+8 bits by 8 would saturate (processors without VNNI instructions).
 """
 
 from __future__ import annotations
@@ -41,9 +45,16 @@ def available() -> str | None:
 
 @cache
 def saturates() -> bool:
-    """Whether products of 8-bit weights are wrong here: without VNNI instructions pairs of products are added in 16
-    bits. Those of 4-bit weights fit. Only where the backend is available."""
+    """Whether products of 8 bits by 8 are wrong here: without VNNI instructions pairs of products are added in 16
+    bits. Those of 4-bit weights fit, and those of 7-bit activations. Only where the backend is available."""
     return not _is_exact(-128)
+
+
+def shifts(weight_bits: int, activation_bits: int) -> tuple[int, ...]:
+    """Where the fields of a code begin, the highest first; one field starts at 0 where a code is taken at once."""
+    if weight_bits == 8 and saturates():
+        return (9, 2, 0) if activation_bits == 16 else (1, 0)  # of up to 7 bits
+    return (8, 0) if activation_bits == 16 else (0,)
 
 
 def _is_exact(code: int) -> bool:
@@ -60,8 +71,6 @@ def supports(spec: LinearSpec) -> str | None:
         return "it computes on the CPU"
     if spec.weight_bits == 8 and not spec.symmetric:
         return "it takes symmetric 8-bit weights only"
-    if spec.weight_bits == 8 and available() is None and saturates():
-        return "on a processor without VNNI instructions it saturates with 8-bit weights"
     if spec.output.is_totals:
         return "it does not return int32 totals"
     return None
@@ -74,22 +83,23 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
         codes = (codes.to(torch.int32) - weights.zero_point[:, None]).to(torch.int8)
     factor = weights.real_factor(spec.output)
     bias = torch.zeros_like(factor) if weights.bias is None else weights.bias.double()
-    zero_point = weights.input_zero_point
-    if spec.activation_bits == 16:  # both bytes get the same zero point; what is left goes into the bias
-        zero_point = min(round(zero_point / 257), 255)
-        bias = bias - (weights.input_zero_point - 257 * zero_point) * codes.sum(1, dtype=torch.int64)
-    packed = pack_factors(codes, factor, factor * bias, zero_point)
+    bits = (spec.weight_bits, spec.activation_bits)
+    packed = pack_factors(codes, factor, factor * bias, weights.input_zero_point, bits)
     return replace(packed, weight_zero_point=weights.zero_point)
 
 
-def pack_factors(codes: Tensor, factor: Tensor, bias: Tensor, input_zero_point: int) -> Packed:
+def pack_factors(codes: Tensor, factor: Tensor, bias: Tensor, input_zero_point: int, bits: tuple[int, int]) -> Packed:
     """A layer that gives ``factor * sum_k (x - x_zero) * w + bias``.
 
     Args:
         codes: int8 ``[out, in]``. factor, bias: float64 ``[out]``.
+        bits: of the weight (as the operator has it) and of ``x``.
     """
+    steps = sum(1 << shift for shift in shifts(*bits))
+    zero_point = min(round(input_zero_point / steps), 255)  # every field has the same; what is left goes into the bias
+    bias = bias - factor * (input_zero_point - steps * zero_point) * codes.sum(1, dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [_ROWS, codes.shape[1]])
-    return Packed(packed, bias.float(), pack_multiplier(factor, Output.real(torch.float32)), None, input_zero_point)
+    return Packed(packed, bias.float(), pack_multiplier(factor, Output.real(torch.float32)), None, zero_point)
 
 
 def unpack(spec: LinearSpec, packed: Packed) -> Tensor:
@@ -107,23 +117,25 @@ def run(call: Call) -> Tensor:
     shape = (*call.x.shape[:-1], call.out_features)
     if x.shape[0] == 0:
         return x.new_empty(shape, dtype=output.dtype)
-    if call.activation_bits == 16:
-        return _wide(x, call).view(shape)
+    if len(begins := shifts(call.weight_bits, call.activation_bits)) > 1:
+        return _in_planes(x, call, begins).view(shape)
     own = output.dtype if output.dtype == torch.uint8 and output.qmax == 255 or not output.qmax else torch.float32
     zero_point = output.zero_point if own == torch.uint8 else 0
     out = _qlinear(x, packed.input_zero_point, packed.weight, packed.multiplier, packed.bias, own, zero_point)
     return (finish_float(out, call) if own == torch.float32 and output.qmax else out).view(shape)
 
 
-def _wide(x: Tensor, call: Call) -> Tensor:
-    """16-bit codes as ``256 * high + low``: two rows of bytes in one product, added in float32."""
-    packed, output = call.packed, call.output
-    planes = torch.cat([x >> 8, x & 0xFF]).to(torch.uint8)
+def _in_planes(x: Tensor, call: Call, begins: tuple[int, ...]) -> Tensor:
+    """The fields of the codes as rows of one product, added in float32."""
+    packed = call.packed
+    ends = (call.activation_bits, *begins)
+    planes = torch.cat([(x >> b) & ((1 << e - b) - 1) for e, b in zip(ends, begins, strict=False)]).to(torch.uint8)
     no_bias = torch.zeros_like(packed.bias)
     parts = _qlinear(planes, packed.input_zero_point, packed.weight, packed.multiplier, no_bias, torch.float32, 0)
-    high, low = parts.chunk(2)
-    out = torch.add(low, high, alpha=256).add_(packed.bias)
-    return finish_float(out, call) if output.qmax else out.to(output.dtype)
+    out = packed.bias.expand(x.shape[0], -1)
+    for begin, part in zip(begins, parts.chunk(len(begins)), strict=True):
+        out = torch.add(out, part, alpha=1 << begin)
+    return finish_float(out, call)
 
 
 def _qlinear(

@@ -119,7 +119,7 @@ class Product:
         self.spec = LinearSpec(max(bits), 8, True, joined.shape[1], len(joined), "cpu", self.output)
         if reason := onednn.supports(self.spec):
             raise NotFused(reason)
-        self.packed = onednn.pack_factors(joined, torch.cat(factors), torch.cat(biases), x.zero)
+        self.packed = onednn.pack_factors(joined, torch.cat(factors), torch.cat(biases), x.zero, (max(bits), 8))
         device = joined.device
         low, high = ([float(getattr(part, end)) for part in self.parts] for end in ("low", "high"))
         sizes = torch.tensor(self.sizes, device=device)

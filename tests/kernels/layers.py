@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimum_mobilequant.kernels import BACKENDS, IntegerLinear, Output, cpp, onednn, prepare
+from optimum_mobilequant.kernels import BACKENDS, IntegerLinear, Output, cpp, prepare
 from optimum_mobilequant.kernels.cpp.library import Library
 from optimum_mobilequant.numerics import Grid
 
@@ -76,8 +76,6 @@ def library(isa: str | None = None) -> Library:
 def variants() -> list[str]:
     """The CPU backends that run here; the compiled one once for each instruction set of this processor."""
     found = [name for name in BACKENDS if name not in ("cpp", "triton") and BACKENDS[name].available() is None]
-    if "onednn" in found and onednn.saturates():  # it serves 4-bit weights only; they have tests of their own
-        found.remove("onednn")
     return found + ([] if cpp.available() else [f"cpp:{isa}" for isa in library().instruction_sets])
 
 

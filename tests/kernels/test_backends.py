@@ -114,6 +114,20 @@ def test_onednn_takes_4_bit_weights_on_every_processor(x_code):
     assert onednn.supports(layer.prepare(OUTPUTS["codes"], "onednn").spec) is None
 
 
+@pytest.mark.skipif(bool(onednn.available()), reason=f"onednn: {onednn.available()}")
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_onednn_takes_8_bit_weights_in_planes_where_it_saturates(activation_bits, monkeypatch):
+    monkeypatch.setattr(onednn, "saturates", lambda: True)
+    assert max(onednn.shifts(8, activation_bits)) > 0
+    for shape in SHAPES:
+        layer = make(*shape, activation_bits=activation_bits)
+        layer.codes[::2] = -128
+        layer.x[: len(layer.x) // 2] = 2**activation_bits - 1
+        for output in OUTPUTS.values():
+            expected = layer.prepare(output, "reference")(layer.x)
+            assert outputs_close(layer.prepare(output, "onednn")(layer.x), expected, output), shape
+
+
 def test_widest_layer_of_4_bits_is_exact(exact):
     layer = make(1, 1, 65793, bits=4)
     layer.x.fill_(255)

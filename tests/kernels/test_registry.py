@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_mobilequant.kernels import BACKENDS, LinearSpec, Output, choose, cpp, onednn, prepare, registry
+from optimum_mobilequant.kernels import BACKENDS, LinearSpec, Output, choose, cpp, prepare, registry
 from optimum_mobilequant.kernels.registry import why_not
 from tests.kernels.layers import OUTPUTS, U8, make
 
@@ -20,7 +20,6 @@ def spec(**changes):
 def machine(monkeypatch):
     """Says which backends this machine cannot use."""
     monkeypatch.delenv(registry.VARIABLE, raising=False)
-    monkeypatch.setattr(onednn, "saturates", lambda: False)
 
     def lacks(*names, amx=False):
         monkeypatch.setattr(registry, "unavailable", lambda name: "not here" if name in names else None)
@@ -53,15 +52,6 @@ def test_the_fastest_that_can_and_why_not_a_faster_one(machine, lacking, changes
     machine(*lacking, amx=amx)
     choice = choose(spec(**changes))
     assert (choice.backend.name, choice.reasons) == (chosen, reasons)
-
-
-def test_a_processor_that_saturates_is_a_reason_for_8_bit_weights(machine, monkeypatch):
-    machine("cpp")
-    monkeypatch.setattr(onednn, "available", lambda: None)
-    monkeypatch.setattr(onednn, "saturates", lambda: True)
-    assert choose(spec(weight_bits=4)).backend.name == "onednn"
-    choice = choose(spec())
-    assert choice.backend.name == "simulate" and "saturates with 8-bit weights" in choice.reasons["onednn"]
 
 
 def test_totals_of_wide_activations_have_no_backend(machine):

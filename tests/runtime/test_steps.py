@@ -17,8 +17,7 @@ from tests.tiny import FAMILIES, build, config, logits_of, probe_ids
 
 pytestmark = pytest.mark.skipif(bool(onednn.available()), reason=f"onednn: {onednn.available()}")
 CASES = [(v, "w4a8") for v in FAMILIES] + [("llama-mqa", "w4a8-asym"), ("llama-bias", "w4a8")]
-if not onednn.available() and not onednn.saturates():
-    CASES += [("llama-gqa", "w8a8"), ("stablelm", "w8a8"), ("qwen3", "w8a8-full")]
+CASES += [("llama-gqa", "w8a8"), ("stablelm", "w8a8"), ("qwen3", "w8a8-full")]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,8 @@ def test_logits_are_the_executors_but_for_single_steps(quantized, variant, prese
     assert len(layers_of(model)) == 2
     assert {layer.operator.rpartition(" ")[2] for layer in served(model)[:-1]} == {"fused"}
     found, expected = logits_of(model), executed(model, probe_ids())
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    # With 8 bits everywhere one step is a hundredth of a logit, and it is carried on.
+    assert (found - expected).norm() < (5e-2 if preset == "w8a8-full" else 1e-3) * expected.norm()
     assert (found != expected).float().mean() < 0.05
 
 
@@ -155,8 +155,9 @@ def test_what_has_no_place_in_them_runs_as_single_kernels(preset, reason, said):
     assert torch.isfinite(logits_of(model)).all()
 
 
-def test_processors_that_saturate_get_4_bit_weights_only(monkeypatch, said):
+def test_processors_that_saturate_take_8_bit_weights_in_planes(monkeypatch, quantized):
     monkeypatch.setattr(onednn, "saturates", lambda: True)
     model = quantize(build("llama-gqa"), None, config("w8a8", backend="onednn"))
-    assert not layers_of(model) and "onednn" not in {layer.backend for layer in served(model)}
-    assert any("without VNNI instructions it saturates with 8-bit weights" in message for message in said)
+    assert len(layers_of(model)) == 2 and {layer.backend for layer in served(model)} == {"onednn"}
+    expected, found = executed(model, probe_ids()), logits_of(model)
+    assert (found - expected).norm() < 1e-2 * expected.norm()
