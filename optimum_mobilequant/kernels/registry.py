@@ -31,6 +31,7 @@ class Backend:
         supports: None, or why it cannot run a given layer.
         pack: the layer's tensors in its layout.
         unpack: the codes that were packed, int8 ``[out, in]``; None where the layout does not hold them.
+        unpack_rows: those of some output channels, without unpacking the others; None where that is not possible.
         run: one call.
         integer: counts in integers, so that totals equal the reference's bit for bit.
         groups: multiplies groups of 4-bit weights itself; to the others their products go as 8-bit codes.
@@ -45,11 +46,13 @@ class Backend:
     integer: bool
     groups: bool = False
     unpack: Callable[[LinearSpec, Packed], Tensor] | None = None
+    unpack_rows: Callable[[LinearSpec, Packed, Tensor], Tensor] | None = None
 
 
 def _backend(name: str, module: ModuleType, summary: str, *, integer: bool, groups: bool = False) -> Backend:
-    unpack = getattr(module, "unpack", None)
-    return Backend(name, summary, module.available, module.supports, module.pack, module.run, integer, groups, unpack)
+    unpacking = (getattr(module, "unpack", None), getattr(module, "unpack_rows", None))
+    asked = (module.available, module.supports)
+    return Backend(name, summary, *asked, module.pack, module.run, integer, groups, *unpacking)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import BACKENDS, Choice, IntegerLinear, LinearSpec, Output, choose, cpp, prepare
+from ..kernels import BACKENDS, Choice, IntegerLinear, LinearSpec, Output, choose, prepare
 from ..kernels.cpp.memory import copy_packed
 from ..kernels.registry import order, why_not
 from ..kernels.spec import FLOATS, Packed
@@ -81,9 +81,8 @@ class PackedLinear(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Codes of some output channels, int8 ``[*ids.shape, in]``."""
-        if self.choice.backend.name == "cpp":
-            return cpp.unpack_rows(self.spec, self.packed, ids)
-        return self.codes()[ids]
+        unpack_rows = self.choice.backend.unpack_rows
+        return self.codes()[ids] if unpack_rows is None else unpack_rows(self.spec, self.packed, ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         return self  # no cast changes integers; a move to another device gives them back to QWeight
@@ -171,7 +170,7 @@ def pack_linear(
     )
     kernel = PackedLinear(packed, input)
     object.__setattr__(kernel, "like", like)
-    if choice.backend.unpack is not None and (linear.tied is None or choice.backend.name == "cpp"):
+    if choice.backend.unpack is not None and (linear.tied is None or choice.backend.unpack_rows is not None):
         provider.hand_over(kernel)  # else an embedding would unpack its whole table to read a row of it
     return kernel, served
 

@@ -135,9 +135,12 @@ void run_panel(const Linear& a, int64_t panel, int64_t m0, int64_t m1, int8_t* s
   int64_t steps = a.bits == 4 ? group_count / 2 : group_count;
   const int8_t* w = reinterpret_cast<const int8_t*>(a.packed) + panels * kPanel * 4 + panel * steps * 4 * kPanel;
   const int64_t tiles = (m1 - m0 + kRows - 1) / kRows;
-  // One tile streams its own panel; several share the fetching of the next one (4 lines a step in all).
-  const int lines = tiles < 2 ? 0 : static_cast<int>(tiles < 4 ? (4 + tiles - 1) / tiles : 1);
-  Ahead ahead{w + steps * 4 * kPanel, w + 2 * steps * 4 * kPanel, panel + 1 < panels ? lines : 0};
+  // Several tiles share the fetching of the next panel (4 lines a step in all). One tile streams its own: in the order of
+  // memory where it is as wide as the panel, else its first columns fetch for the others.
+  const bool strided = V::kVectors * V::kLanes < kPanel && m1 - m0 > 1;
+  const int lines = tiles < 2 ? strided * 4 : static_cast<int>(tiles < 4 ? (4 + tiles - 1) / tiles : 1);
+  Ahead ahead{w + (tiles < 2 ? kStepsAhead : steps) * 4 * kPanel, w + 2 * steps * 4 * kPanel,
+              tiles < 2 || panel + 1 < panels ? lines : 0};
   bool four_bit = a.bits == 4;
   if (kUnpacks && four_bit && m1 - m0 >= kUnpackFrom) {
     unpack(w, steps, scratch);

@@ -126,8 +126,18 @@ struct V {
 };
 #endif
 
-constexpr int kColumns = V::kLanes * V::kVectors;  // channels of a register tile
-constexpr int kBytes = 4 * V::kLanes;              // of a vector
+constexpr int kBytes = 4 * V::kLanes;  // of a vector
+
+// Vectors of a register tile of MR rows. A single row takes a whole panel: weights are then read in the order of memory,
+// which is what a row takes its time for.
+template <int MR>
+constexpr int vectors_of() {
+#if defined(MQ_AVXVNNI) || defined(MQ_AVX2)
+  return MR == 1 ? kPanel / V::kLanes : MR == 2 ? 2 * V::kVectors : V::kVectors;
+#else
+  return V::kVectors;
+#endif
+}
 
 // Register arrays stay in registers only if the loops over them are unrolled before the compiler splits arrays.
 #if defined(__clang__)
@@ -146,27 +156,30 @@ struct Ahead {
   int lines;  // of 64 bytes, for each step
 };
 
+constexpr int kStepsAhead = 16;
+
 inline int32_t four_at(const uint8_t* x) {
   int32_t four;
   memcpy(&four, x, 4);
   return four;
 }
 
-// sums[MR][kPanel] of MR rows and kColumns channels over all of k. `steps` counts stored 256-byte groups.
+// sums[MR][kPanel] of MR rows and the channels of a tile over all of k. `steps` counts stored 256-byte groups.
 template <int MR, bool kFourBit>
 __attribute__((always_inline)) inline void register_tile(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps,
                                                           Ahead ahead, int32_t* sums) {
-  typename V::Sum sum[MR][V::kVectors];
+  constexpr int kVectors = vectors_of<MR>();
+  typename V::Sum sum[MR][kVectors];
   MQ_UNROLL
   for (int r = 0; r < MR; ++r)
     MQ_UNROLL
-    for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::zero();
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = V::zero();
   for (int64_t s = 0; s < steps; ++s, w += 4 * kPanel) {
     for (int l = 0; l < ahead.lines; ++l, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
     if constexpr (kFourBit) {
-      typename V::Wgt high[V::kVectors], low[V::kVectors];
+      typename V::Wgt high[kVectors], low[kVectors];
       MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const typename V::Raw raw = V::load(w + v * kBytes);
         high[v] = V::weight(V::high(raw));
         low[v] = V::weight(V::low(raw));
@@ -175,27 +188,27 @@ __attribute__((always_inline)) inline void register_tile(const uint8_t* x, int64
       for (int r = 0; r < MR; ++r) {
         const typename V::Act first = V::activation(four_at(x + r * ldx + 8 * s));
         MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::dot(sum[r][v], first, high[v]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = V::dot(sum[r][v], first, high[v]);
         const typename V::Act second = V::activation(four_at(x + r * ldx + 8 * s + 4));
         MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::dot(sum[r][v], second, low[v]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = V::dot(sum[r][v], second, low[v]);
       }
     } else {
-      typename V::Wgt weight[V::kVectors];
+      typename V::Wgt weight[kVectors];
       MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v) weight[v] = V::weight(V::load(w + v * kBytes));
+      for (int v = 0; v < kVectors; ++v) weight[v] = V::weight(V::load(w + v * kBytes));
       MQ_UNROLL
       for (int r = 0; r < MR; ++r) {
         const typename V::Act four = V::activation(four_at(x + r * ldx + 4 * s));
         MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::dot(sum[r][v], four, weight[v]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = V::dot(sum[r][v], four, weight[v]);
       }
     }
   }
   MQ_UNROLL
   for (int r = 0; r < MR; ++r)
     MQ_UNROLL
-    for (int v = 0; v < V::kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, sum[r][v]);
 }
 
 #if defined(MQ_AVX2)
@@ -205,25 +218,26 @@ __attribute__((always_inline)) inline void register_tile(const uint8_t* x, int64
 template <int MR>
 __attribute__((always_inline)) inline void nibble_tile(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps,
                                                         Ahead ahead, int32_t* sums) {
+  constexpr int kVectors = vectors_of<MR>();
   constexpr int kRun = 4;  // steps, of two groups each, until 16 bits are full
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i sum[MR][V::kVectors];
+  __m256i sum[MR][kVectors];
   MQ_UNROLL
   for (int r = 0; r < MR; ++r)
     MQ_UNROLL
-    for (int v = 0; v < V::kVectors; ++v) sum[r][v] = V::zero();
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = V::zero();
   for (int64_t start = 0; start < steps; start += kRun) {
     const int64_t end = start + kRun < steps ? start + kRun : steps;
-    __m256i part[MR][V::kVectors];
+    __m256i part[MR][kVectors];
     MQ_UNROLL
     for (int r = 0; r < MR; ++r)
       MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v) part[r][v] = V::zero();
+      for (int v = 0; v < kVectors; ++v) part[r][v] = V::zero();
     for (int64_t s = start; s < end; ++s, w += 4 * kPanel) {
       for (int l = 0; l < ahead.lines; ++l, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
-      __m256i high[V::kVectors], low[V::kVectors];
+      __m256i high[kVectors], low[kVectors];
       MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const __m256i raw = V::load(w + v * kBytes);
         high[v] = V::high(raw);
         low[v] = V::low(raw);
@@ -232,24 +246,24 @@ __attribute__((always_inline)) inline void nibble_tile(const uint8_t* x, int64_t
       for (int r = 0; r < MR; ++r) {
         const __m256i first = _mm256_set1_epi32(four_at(x + r * ldx + 8 * s));
         MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v)
+        for (int v = 0; v < kVectors; ++v)
           part[r][v] = _mm256_add_epi16(part[r][v], _mm256_maddubs_epi16(first, high[v]));
         const __m256i second = _mm256_set1_epi32(four_at(x + r * ldx + 8 * s + 4));
         MQ_UNROLL
-        for (int v = 0; v < V::kVectors; ++v)
+        for (int v = 0; v < kVectors; ++v)
           part[r][v] = _mm256_add_epi16(part[r][v], _mm256_maddubs_epi16(second, low[v]));
       }
     }
     MQ_UNROLL
     for (int r = 0; r < MR; ++r)
       MQ_UNROLL
-      for (int v = 0; v < V::kVectors; ++v)
+      for (int v = 0; v < kVectors; ++v)
         sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(part[r][v], ones));
   }
   MQ_UNROLL
   for (int r = 0; r < MR; ++r)
     MQ_UNROLL
-    for (int v = 0; v < V::kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, _mm256_slli_epi32(sum[r][v], 4));
+    for (int v = 0; v < kVectors; ++v) V::store(sums + r * kPanel + v * V::kLanes, _mm256_slli_epi32(sum[r][v], 4));
 }
 constexpr bool kUnpacks = false;  // nibbles are faster than the bytes they unpack to
 #else
@@ -258,7 +272,7 @@ constexpr bool kUnpacks = true;
 
 template <int MR, bool kFourBit>
 void rows_of_panel(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t steps, Ahead ahead, int32_t* sums) {
-  for (int c = 0; c < kPanel; c += kColumns, ahead.lines = 0) {
+  for (int c = 0; c < kPanel; c += vectors_of<MR>() * V::kLanes, ahead.lines = 0) {
 #if defined(MQ_AVX2)
     if constexpr (kFourBit) {
       nibble_tile<MR>(x, ldx, w + 4 * c, steps, ahead, sums + c);

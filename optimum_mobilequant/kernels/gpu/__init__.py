@@ -56,11 +56,21 @@ def pack(spec: LinearSpec, weights: Weights) -> Packed:
 
 def unpack(spec: LinearSpec, packed: Packed) -> Tensor:
     """The codes that :func:`pack` was given; of a weight with groups their products, as ``Weights.codes``."""
-    shape = (spec.out_features, spec.in_features)
+    return _unpacked(spec, packed, slice(spec.out_features))
+
+
+def unpack_rows(spec: LinearSpec, packed: Packed, rows: Tensor) -> Tensor:
+    """Those codes of some output channels, int8 ``[*rows.shape, in]``: what an embedding tied to a head reads."""
+    return _unpacked(spec, packed, rows.reshape(-1)).view(*rows.shape, spec.in_features)
+
+
+def _unpacked(spec: LinearSpec, packed: Packed, rows: Tensor | slice) -> Tensor:
     if spec.group:
-        nibbles, multiplier = layout.unpack_grouped(packed.weight, *shape, spec.group)
+        nibbles, multiplier = layout.unpack_grouped(packed.weight, rows, spec.in_features, spec.group)
         return nibbles * spread(multiplier, spec.group, spec.in_features).to(torch.int8)
-    return (layout.unpack_nibbles if spec.weight_bits == 4 else layout.unpack_bytes)(packed.weight, *shape)
+    weight = packed.weight[:, rows]
+    decode = layout.unpack_nibbles if spec.weight_bits == 4 else layout.unpack_bytes
+    return decode(weight, weight.shape[1], spec.in_features)
 
 
 def run(call: Call) -> Tensor:

@@ -79,11 +79,11 @@ def pack_grouped(nibbles: Tensor, multiplier: Tensor, group: int) -> Tensor:
     return torch.cat([packed, factors])
 
 
-def unpack_grouped(packed: Tensor, out_features: int, in_features: int, group: int) -> tuple[Tensor, Tensor]:
-    """Nibbles, int8 ``[out, in]``, and multipliers, uint8 ``[out, groups]``, that :func:`pack_grouped` packed."""
+def unpack_grouped(packed: Tensor, rows: Tensor | slice, in_features: int, group: int) -> tuple[Tensor, Tensor]:
+    """Nibbles, int8 ``[rows, in]``, and multipliers, uint8 ``[rows, groups]``, that :func:`pack_grouped` packed."""
     blocks = padded(in_features, block_of(group)) // block_of(group)
-    factors = packed[blocks:].view(torch.uint8).view(-1, packed.shape[1])[: -(-in_features // group), :out_features]
-    return unpack_nibbles(packed[:blocks], out_features, in_features), factors.t().contiguous()
+    factors = packed[blocks:].view(torch.uint8).view(-1, packed.shape[1])[: -(-in_features // group), rows]
+    return unpack_nibbles(packed[:blocks, rows], factors.shape[1], in_features), factors.t().contiguous()
 
 
 def _blocks(codes: Tensor, block: int) -> Tensor:

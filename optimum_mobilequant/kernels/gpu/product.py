@@ -20,6 +20,7 @@ _SPLIT = "shl.b32 $0, $2, 4; and.b32 $0, $0, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f
 SPLIT_NIBBLES = tl.constexpr(_SPLIT)
 FLIP_TOP_BITS = tl.constexpr("xor.b32 $0, $1, 0x80808080;")
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# No kernel is specialised on a zero point: every layer has another one, and would be compiled anew where it is 16 n.
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def store_tile(
     tl.store(where, tl.trans(value).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero_point"])
 def decode_kernel(
     x, weight, groups, bias, multiplier, zeros, row_sums, out, partial, counters,
     in_rows, out_features, in_features, stride, blocks, blocks_per_part, zero_point, qmax, scale,
@@ -161,7 +162,7 @@ def decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero_point"])
 def prefill_kernel(
     x, weight, groups, bias, multiplier, zeros, row_sums, out,
     in_rows, out_features, in_features, stride, blocks, zero_point, qmax, scale,
@@ -204,7 +205,7 @@ def row_sums_kernel(x, sums, in_features, COLUMNS: tl.constexpr):
     tl.store(sums + row, tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero_point"])
 def finish_wide_kernel(
     parts, bias, multiplier, zeros, row_sums, out, in_rows, out_features, zero_point, qmax, scale,
     ZEROS: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr,

@@ -139,6 +139,8 @@ def test_the_codes_come_back_from_a_packed_layer(shape, bits, group):
     packed = gpu.pack(described, weights)
     found = gpu.unpack(described, packed)
     assert found.dtype == torch.int8 and found.is_contiguous() and torch.equal(found, codes)
+    some = torch.tensor([[rows - 1], [0]])
+    assert torch.equal(gpu.unpack_rows(described, packed, some), codes[some])
     packed.weight[0, 0, 0] ^= 1
     assert not torch.equal(gpu.unpack(described, packed), codes)
 

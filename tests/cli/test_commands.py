@@ -8,7 +8,7 @@ import optimum_mobilequant
 from optimum_mobilequant import cli
 from optimum_mobilequant.cli import common as cli_common
 from optimum_mobilequant.config import MobileQuantConfig
-from tests.test_cli_parser import quantize_args
+from tests.cli.test_parser import quantize_args
 
 
 @pytest.fixture(scope="module")
