@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,34 @@ def summary(table: Table) -> str:
         ]
         lines.append([*key, str(len(rows)), *shown, ", ".join(rows[0]["added"])])
     return markdown(SUMMARY, lines)
+
+
+def page(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ("rtn", "mobilequant", "best")) -> str:
+    """The table of docs/results.md: mean gaps of each model, with how many seeds and how far apart where several."""
+    floats = {row["model"]: row["perplexity"] for row in rows if row["recipe"] == "float"}
+    presets = [preset for preset in RUNG_PRESETS if any(row["preset"] == preset for row in rows)]
+    lines = []
+    for model, value in floats.items():
+        line = [model, f"{value:.2f}"]
+        for preset in presets:
+            means: dict[str, float] = {}
+            for recipe in recipes:
+                key = (model, preset, recipe)
+                gaps = [row["gap"] for row in rows if (row["model"], row["preset"], row["recipe"]) == key]
+                if gaps:
+                    means[recipe] = statistics.mean(gaps)
+                spread = f" ({len(gaps)} seeds, ±{50 * (max(gaps) - min(gaps)):.2f})" if len(gaps) > 1 else ""
+                line.append(f"{100 * means[recipe]:.2f} %{spread}" if gaps else "—")
+            if preset == "w4a8":
+                share = means["best"] / means["rtn"] if {"best", "rtn"} <= means.keys() else None
+                line.append("—" if share is None else f"{share:.2f}x")
+        lines.append(line)
+    names = [
+        name
+        for preset in presets
+        for name in [*(f"{preset.upper()} `{recipe}`" for recipe in recipes), *["of `rtn`'s"] * (preset == "w4a8")]
+    ]
+    return markdown(["model", "float perplexity", *names], lines)
 
 
 def parse_args() -> argparse.Namespace:
