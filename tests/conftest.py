@@ -1,5 +1,6 @@
 """Shared set-up: one thread, no network, no progress bars, no hypothesis deadlines (the machine may be busy)."""
 
+import logging
 import os
 
 import pytest
@@ -23,6 +24,16 @@ def _quiet_and_single_threaded():
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _no_foreign_handlers():
+    """lm-eval's command line gives its logger a handler that writes to the stream of the test that called it: it must
+    not outlive that test."""
+    logger = logging.getLogger("lm_eval")
+    before, propagate = list(logger.handlers), logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before, propagate
 
 
 @pytest.fixture(autouse=True)
