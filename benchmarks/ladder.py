@@ -77,11 +77,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def summary(table: Table) -> str:
     """Mean and spread (largest less smallest) over the seeds."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in table.rows:
-        groups.setdefault(tuple(row[name] for name in KEYS[:-1]), []).append(row)
     lines = []
-    for key, rows in groups.items():
+    for key, rows in by_seeds(table.rows).items():
         gaps = [row["gap"] for row in rows if row["gap"] is not None]
         gains = [row["gain"] for row in rows if row["gain"] is not None]
         shown = [
@@ -93,9 +90,20 @@ def summary(table: Table) -> str:
     return markdown(SUMMARY, lines)
 
 
+def by_seeds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Rows that differ in their seeds alone, by (model, variant, preset, recipe)."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in KEYS[:-1]), []).append(row)
+    return groups
+
+
 def page(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ("rtn", "mobilequant", "best")) -> str:
-    """The table of docs/results.md: mean gaps of each model, with how many seeds and how far apart where several."""
-    floats = {row["model"]: row["perplexity"] for row in rows if row["recipe"] == "float"}
+    """The table of docs/results.md: mean gaps of each model as it is, with half their spread over seeds."""
+    groups = by_seeds(rows)
+    floats = {
+        key[0]: found[0]["perplexity"] for key, found in groups.items() if key[1:] == ("plain", "float32", "float")
+    }
     presets = [preset for preset in RUNG_PRESETS if any(row["preset"] == preset for row in rows)]
     lines = []
     for model, value in floats.items():
@@ -103,8 +111,8 @@ def page(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ("rtn", "mobil
         for preset in presets:
             means: dict[str, float] = {}
             for recipe in recipes:
-                key = (model, preset, recipe)
-                gaps = [row["gap"] for row in rows if (row["model"], row["preset"], row["recipe"]) == key]
+                found = groups.get((model, "plain", preset, recipe), [])
+                gaps = [row["gap"] for row in found if row["gap"] is not None]
                 if gaps:
                     means[recipe] = statistics.mean(gaps)
                 spread = f" ({len(gaps)} seeds, ±{50 * (max(gaps) - min(gaps)):.2f})" if len(gaps) > 1 else ""
