@@ -137,7 +137,7 @@ void run_panel(const Linear& a, int64_t panel, int64_t m0, int64_t m1, int8_t* s
   const int64_t tiles = (m1 - m0 + kRows - 1) / kRows;
   // Several tiles share the fetching of the next panel (4 lines a step in all). One tile streams its own: in the order of
   // memory where it is as wide as the panel, else its first columns fetch for the others.
-  const bool strided = V::kVectors * V::kLanes < kPanel && m1 - m0 > 1;
+  const bool strided = (m1 - m0 > 1 ? vectors_of<kRows>() : vectors_of<1>()) * V::kLanes < kPanel;
   const int lines = tiles < 2 ? strided * 4 : static_cast<int>(tiles < 4 ? (4 + tiles - 1) / tiles : 1);
   Ahead ahead{w + (tiles < 2 ? kStepsAhead : steps) * 4 * kPanel, w + 2 * steps * 4 * kPanel,
               tiles < 2 || panel + 1 < panels ? lines : 0};

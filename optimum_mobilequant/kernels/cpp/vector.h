@@ -156,7 +156,7 @@ struct Ahead {
   int lines;  // of 64 bytes, for each step
 };
 
-constexpr int kStepsAhead = 16;
+constexpr int kStepsAhead = 16;  // how far a tile that fetches for its own later columns runs ahead of itself
 
 inline int32_t four_at(const uint8_t* x) {
   int32_t four;
