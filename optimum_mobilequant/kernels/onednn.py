@@ -95,9 +95,9 @@ def pack_factors(codes: Tensor, factor: Tensor, bias: Tensor, input_zero_point: 
         codes: int8 ``[out, in]``. factor, bias: float64 ``[out]``.
         bits: of the weight (as the operator has it) and of ``x``.
     """
-    steps = sum(1 << shift for shift in shifts(*bits))
-    zero_point = min(round(input_zero_point / steps), 255)  # every field has the same; what is left goes into the bias
-    bias = bias - factor * (input_zero_point - steps * zero_point) * codes.sum(1, dtype=torch.int64)
+    weights = sum(1 << shift for shift in shifts(*bits))  # of the fields, in a code
+    zero_point = min(round(input_zero_point / weights), 255)  # every field's; what is left goes into the bias
+    bias = bias - factor * (input_zero_point - weights * zero_point) * codes.sum(1, dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [_ROWS, codes.shape[1]])
     return Packed(packed, bias.float(), pack_multiplier(factor, Output.real(torch.float32)), None, zero_point)
 

@@ -17,7 +17,7 @@ from tests.tiny import FAMILIES, build, config, logits_of, probe_ids
 
 pytestmark = pytest.mark.skipif(bool(onednn.available()), reason=f"onednn: {onednn.available()}")
 CASES = [(v, "w4a8") for v in FAMILIES] + [("llama-mqa", "w4a8-asym"), ("llama-bias", "w4a8")]
-CASES += [("llama-gqa", "w8a8"), ("stablelm", "w8a8"), ("qwen3", "w8a8-full")]
+CASES += [("llama-gqa", "w8a8"), ("stablelm", "w8a8"), ("qwen3", "w8a8-full")]  # in planes without VNNI
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_what_has_no_place_in_them_runs_as_single_kernels(preset, reason, said):
     assert torch.isfinite(logits_of(model)).all()
 
 
-def test_processors_that_saturate_take_8_bit_weights_in_planes(monkeypatch, quantized):
+def test_processors_that_saturate_take_8_bit_weights_in_planes(monkeypatch):
     monkeypatch.setattr(onednn, "saturates", lambda: True)
     model = quantize(build("llama-gqa"), None, config("w8a8", backend="onednn"))
     assert len(layers_of(model)) == 2 and {layer.backend for layer in served(model)} == {"onednn"}
