@@ -67,8 +67,8 @@ def remaining_work(plan: Plan, settings: Settings, validation: int, finished: Co
 
 @torch.no_grad()
 def seconds_of_a_pass(model: nn.Module, ids: Tensor) -> float:
-    """Time of one forward pass of a sequence, int64 ``[1, length]``: the least of four, for the first one warms up, and
-    other work on the machine made a single one 40 times as long."""
+    """Time of one forward pass of a sequence, int64 ``[1, length]``: the least of four, for the first one warms up
+    and any may be held up by other work on the machine."""
     seconds = float("inf")
     for _ in range(4):
         _wait(ids.device)
