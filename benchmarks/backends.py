@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def main() -> None:
     print(markdown(("preset", "backend", "perplexity", "against the simulation"), cells))
     if args.out is not None:
         about = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "cpu": cpu_name(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu_name(),
             "versions": versions(), "model": Path(args.model).name, "recipe": args.recipe,
         }  # fmt: skip
         args.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")

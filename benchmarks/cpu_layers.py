@@ -16,7 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     speeds = measure(args)
     result: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "instruction_set": None if cpp.available() else cpp.library().isa,
         "versions": versions(),

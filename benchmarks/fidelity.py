@@ -20,7 +20,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Table:
             self.rows, self.runs = stored["rows"], stored["runs"]
         self.runs.append(
             {
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "cpu": cpu_name(),
                 "threads": torch.get_num_threads(),
                 "versions": versions() | dict(runtime_versions()),

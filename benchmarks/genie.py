@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def main() -> None:
     equal, tokens = sum(row.equal for row in rows), sum(row.tokens for row in rows)
     gaps = sorted(gap for row in rows for gap in row.gaps)
     result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "versions": versions() | {"onnxruntime-qnn": version("onnxruntime-qnn")},
         "checkpoint": args.checkpoint.resolve().name,

@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def main() -> None:
         raise SystemExit(f"{args.out} exists: give another --out")
     contenders, absent = find_contenders()
     record: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "threads": args.threads,
         "instruction_set": None if cpp.available() else cpp.library().isa,

@@ -21,7 +21,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA GPU: Triton's interpreter has no speed to measure")
     contenders, absent = find_contenders()
     record: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(),
         "compute_capability": list(torch.cuda.get_device_capability()),
         "versions": {**versions(), "triton": triton_version(), "cuda": torch.version.cuda},

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Table:
             self.rows, self.runs, self.texts = stored["rows"], stored["runs"], stored["texts"]
         self.runs.append(
             {
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "cpu": cpu_name(),
                 "threads": torch.get_num_threads(),
                 "versions": versions(),

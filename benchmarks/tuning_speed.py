@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def main() -> None:
             row[f"{clock}_speed_of_this"] = row[f"median_step_{clock}_s"] / results[THIS][f"median_step_{clock}_s"]
         print(name, {k: v for k, v in row.items() if k != "history"})
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "load_average": [load_before[0], os.getloadavg()[0]],
         **{name: getattr(args, name) for name in ("preset", "batch", "length", "samples", "steps", "seed", "threads")},

@@ -16,7 +16,7 @@ from typing import Any
 from .run.machine import cpu_flags, cpu_name, usable_cores
 
 # The ranges of pyproject.toml, which a package run from its source folder cannot read; a test compares the two.
-PYTHON = ">=3.10"
+PYTHON = ">=3.11"
 REQUIREMENTS = {
     "torch": ">=2.6",
     "transformers": ">=5.12,<6",

@@ -48,7 +48,8 @@ def test_table_shows_every_row(found):
 
 
 def test_ranges_are_those_of_pyproject():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
+    import tomllib
+
     from packaging.requirements import Requirement
 
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]

@@ -82,6 +82,8 @@ class MobileQuantConfig(QuantizationConfigMixin):
             architecture has a flag for it.
         rounding: ``"nearest"``, ``"learned"``, ``"gptq"`` or ``"qronos"``; always after the transforms are final.
         rounding_start: what learned rounding starts from: ``"nearest"``, ``"gptq"`` or ``"qronos"``.
+        hidden_weight: of learned rounding: weight of the error of the last hidden states, beside the divergence of the
+            logits.
         rounding_steps: optimiser steps of learned rounding.
         magr: reduce the largest weight of each row before ``"gptq"`` or ``"qronos"``.
         rounding_damping: share of the mean of the Hessian's diagonal that these two add to it, in (0, 1].
@@ -165,6 +167,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     lr_ranges: float | None = None
     rounding: str | None = None
     rounding_start: str | None = None
+    hidden_weight: float | None = None
     rounding_steps: int | None = None
     magr: bool | None = None
     rounding_damping: float | None = None

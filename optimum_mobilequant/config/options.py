@@ -120,7 +120,7 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("token_share",), lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1]"),
     (("temperature",), lambda v: _number(v) and 0.1 <= v <= 100, "a number in [0.1, 100]"),
     (
-        ("attention_alignment", "attention_entropy"),
+        ("attention_alignment", "attention_entropy", "hidden_weight"),
         lambda v: _number(v) and 0 <= v <= 100,
         "a number in [0, 100]",
     ),

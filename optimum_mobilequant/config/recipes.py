@@ -49,6 +49,8 @@ class Recipe:
         rounding: how weights reach the grid: to the nearest code, the way that training chose, or so that later
             columns make up for the error of earlier ones (``gptq``, ``qronos``).
         rounding_start: what learned rounding starts from.
+        hidden_weight: of learned rounding with ``logits_kl``: weight of the relative squared error of what enters the
+            head, beside the divergence.
         magr: reduce the largest weight of each row before ``gptq`` or ``qronos``.
         rounding_damping, rounding_act_order, rounding_block: of ``gptq`` and ``qronos``: share of the mean of the
             Hessian's diagonal added to it; whether columns with large inputs come first; columns at a time.
@@ -87,6 +89,7 @@ class Recipe:
     tuning: str = "none"
     rounding: str = "nearest"
     rounding_start: str = "nearest"
+    hidden_weight: float = 1.0
     magr: bool = False
     rounding_damping: float = 0.01
     rounding_act_order: bool = True

@@ -47,6 +47,7 @@ class Settings:
     tuning: str
     rounding: str
     rounding_start: str
+    hidden_weight: float
     magr: bool
     rounding_damping: float
     rounding_act_order: bool
@@ -86,7 +87,7 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
             )
         values["rounding"] = "nearest"
     if values["rounding"] != "learned":
-        only: tuple[str, ...] = ("rounding_steps", "rounding_start", "lr_gains")
+        only: tuple[str, ...] = ("rounding_steps", "rounding_start", "lr_gains", "hidden_weight")
         only += () if values["finetune"] == "qad" else ("lr_offsets",)
         if ignored := [name for name in only if asked.get(name, 0) not in (0, "nearest")]:
             how = "to nearest" if values["rounding"] == "nearest" else f"by {values['rounding']}"
@@ -94,7 +95,7 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
                 f"{ignored[0]}={asked[ignored[0]]} would have no effect: weights are rounded {how}; "
                 'set rounding="learned"'
             )
-        values.update(rounding_steps=0, rounding_start="nearest")
+        values.update(rounding_steps=0, rounding_start="nearest", hidden_weight=0.0)
     if values["rounding"] not in COMPENSATED and values["rounding_start"] not in COMPENSATED:
         if ignored := [name for name in _COMPENSATION if asked.get(name) not in (None, False)]:
             raise ValueError(
@@ -102,6 +103,17 @@ def _settle_rounding(effort: Effort, asked: Mapping[str, Any], values: dict[str,
                 'set rounding="gptq" or "qronos"'
             )
         values["magr"] = False
+
+
+def _settle_hidden_weight(asked: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Hidden states beside the logits: not where they are the objective, nor where a rotation turns them."""
+    reason = 'objective="hidden_mse" compares hidden states alone' if values["objective"] == "hidden_mse" else None
+    if values["rotate"] in ("r1", "r1r2"):
+        reason = f'rotate="{values["rotate"]}" turns the hidden states, so those of the float model are no target'
+    if reason is not None:
+        if asked.get("hidden_weight"):
+            raise ValueError(f"hidden_weight={asked['hidden_weight']} would have no effect: {reason}")
+        values["hidden_weight"] = 0.0
 
 
 _COMPENSATION = ("magr", "rounding_damping", "rounding_act_order", "rounding_block")
@@ -258,6 +270,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             values["objective"] = "hidden_mse"
         if "top_k" in asked and values["objective"] != "logits_kl":
             raise ValueError(f'top_k={asked["top_k"]} would have no effect: it belongs to objective="logits_kl"')
+    _settle_hidden_weight(asked, values)
     trained = max(values[name] for name in ("steps", "rounding_steps", "finetune_steps", "feature_steps"))
     values["eval_every"] = min(values["eval_every"] or trained, trained)
 

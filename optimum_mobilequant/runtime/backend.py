@@ -36,12 +36,13 @@ class Runtime:
 
     Args:
         backend: what was asked for.
-        served: how each linear is computed. packed: which state of a weight, and on which device, that holds for.
+        served: how each linear is computed.
+        packed: each weight that this holds for, in which state of it, and on which device.
     """
 
     backend: str
     served: dict[str, Served] = field(default_factory=dict)
-    packed: dict[str, tuple[int, torch.device]] = field(default_factory=dict)
+    packed: list[tuple[Any, int, torch.device]] = field(default_factory=list)
     plan: Plan | None = None
 
 
@@ -118,7 +119,8 @@ def release(model: nn.Module) -> None:
 def refresh(model: PreTrainedModel) -> None:
     """Pack what is not packed: the first time, after a move to another device, or after a state dict was loaded."""
     runtime: Runtime | None = getattr(model, _RUNTIME, None)
-    if runtime is None:
+    # Asked before every token, so without a look at the module tree.
+    if runtime is None or (runtime.packed and all(w.generation == g and w.device == d for w, g, d in runtime.packed)):
         return
     if runtime.plan is None:
         from ..hf_quantizer import plan_of
@@ -126,18 +128,16 @@ def refresh(model: PreTrainedModel) -> None:
         runtime.plan = plan_of(model, model.config.quantization_config)
     plan = runtime.plan
     weights = {path: model.get_submodule(path)._weight() for path in linears_of(plan)}  # type: ignore[operator]
-    if all(runtime.packed.get(path) == (weight.generation, weight.device) for path, weight in weights.items()):
-        return
     give_back(model)
     fused = fuse_layers(model, plan, runtime, {weight.device.type for weight in weights.values()})
     embedding: Any = model.get_submodule(plan.family.embedding)
-    for path, weight in weights.items():
+    for path in weights:
         if not fused or path == plan.family.head:
             linear: Any = model.get_submodule(path)
             input: Any = model.get_submodule(input_of(plan, path))
             like = embedding if path == plan.family.head else None
             linear.kernel, runtime.served[path] = pack_linear(path, linear, input, runtime.backend, like=like)
-        runtime.packed[path] = (weight.generation, weight.device)
+    runtime.packed = [(weight, weight.generation, weight.device) for weight in weights.values()]
     report_slow(runtime)
 
 

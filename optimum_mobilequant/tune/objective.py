@@ -107,6 +107,7 @@ def make_objective(
     teacher_dtype: str = "float32",
     rows: Sequence[Tensor] = (),
     batch_size: int = 1,
+    hidden_weight: float = 0.0,
 ) -> Objective:
     """The function (student, teacher, ids) -> loss.
 
@@ -117,6 +118,9 @@ def make_objective(
 
     Args:
         rows, batch_size: sequences on which the teacher is computed once; see :class:`.targets.Targets`.
+        hidden_weight: of ``"logits_kl"``: weight of the relative squared error of what enters the head, added where
+            gradients are taken; what is validated is the divergence alone. That looks at the directions that matter
+            for the texts at hand; hidden states hold the others.
     """
     family = plan.family
     if plan.geometry.vocabulary <= 4 * top_k:
@@ -135,9 +139,12 @@ def make_objective(
                 logits: Tensor = last(hidden)
             return logits
 
-        with recomputing():
+        with recomputing(), entering(student, family.head) as hidden:
             logits = student(input_ids=ids, use_cache=False).logits
-            return kl_top_k(logits, target, top_k, head=head)
+            loss = kl_top_k(logits, target, top_k, head=head)
+            if hidden_weight and torch.is_grad_enabled():
+                loss = loss + hidden_weight * normalised_mse(hidden[0], target)
+            return loss
 
     def hidden_mse(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
         target = targets(teacher, ids)

@@ -58,7 +58,7 @@ def learn_rounding(model: nn.Module, student: nn.Module, learnables: Learnables,
     if not s.rounding_steps:
         return None
     rounding = Rounding(student, learnables)
-    objective = objective_of(job, s.rounding_steps)
+    objective = objective_of(job, s.rounding_steps, hidden_weight=s.hidden_weight)
     if (result := kept(job, "round", rounding)) is None:
         result = learn_end_to_end(
             rounding,
@@ -142,10 +142,10 @@ def correct_biases(model: nn.Module, student: nn.Module, job: Prepared) -> None:
     job.recorded["bias_correction"] = result
 
 
-def objective_of(job: Prepared, steps: int) -> Objective:
+def objective_of(job: Prepared, steps: int, *, hidden_weight: float = 0.0) -> Objective:
     """What ``steps`` of tuning minimise, with the teacher's targets kept where they are used again."""
     s = job.settings
-    shared: dict[str, Any] = {"rows": job.repeated(steps), "batch_size": s.batch_size}
+    shared: dict[str, Any] = {"rows": job.repeated(steps), "batch_size": s.batch_size, "hidden_weight": hidden_weight}
     return make_objective(s.objective, job.plan, top_k=s.top_k, teacher_dtype=s.teacher_dtype, **shared)
 
 

@@ -118,11 +118,22 @@ def test_only_offsets_gains_and_ranges_are_trained_with_rounding():
         ({"lr_offsets": 0.1, "recipe": "rtn"}, 'set rounding="learned"'),
         ({"recipe": "best", "rounding": "nearest", "lr_gains": 0.1}, 'set rounding="learned"'),
         ({"rounding": "learnt"}, 'did you mean "learned"'),
+        ({"recipe": "mobilequant", "hidden_weight": 0.5}, 'set rounding="learned"'),
+        ({"recipe": "best", "hidden_weight": 0.5, "objective": "hidden_mse"}, "compares hidden states alone"),
+        ({"recipe": "best", "hidden_weight": 0.5, "rotate": "r1"}, "no target"),
     ],
 )
 def test_contradictions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MobileQuantConfig("w4a8", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [({}, 1.0), ({"hidden_weight": 0.25}, 0.25), ({"rotate": "r1"}, 0.0), ({"objective": "hidden_mse"}, 0.0)],
+)
+def test_hidden_states_count_where_they_can_be_compared(options, weight):
+    assert MobileQuantConfig("w4a8", recipe="best", **options).resolve().hidden_weight == weight
 
 
 def test_settings_without_steps_round_to_nearest():

@@ -73,6 +73,27 @@ def test_kept_targets_give_the_same_loss(teacher, name, top_k):
     assert torch.allclose(*losses, rtol=1e-5)
 
 
+def test_hidden_states_beside_the_divergence(teacher):
+    """Trained is on the sum of the two, validated the divergence; the float model's own hidden states cost nothing."""
+    plan = plan_of(teacher)
+
+    def loss(student, **options):
+        return make_objective("logits_kl", plan, top_k=96, **options)(student, teacher, ROWS[:4])
+
+    student = build("llama-gqa", seed=1).eval()
+    seen = []
+    for model in (student, teacher):
+        hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(input_ids=ROWS[:4])
+        hook.remove()
+    error = (seen[0] - seen[1]).square().mean() / seen[1].square().mean()
+    assert error > 0.1
+    torch.testing.assert_close(loss(student, hidden_weight=0.5), loss(student) + 0.5 * error)
+    assert loss(teacher, hidden_weight=0.5) == loss(teacher) < 1e-6
+    with torch.no_grad():
+        assert loss(student, hidden_weight=0.5) == loss(student)
+
+
 @pytest.mark.parametrize(("steps", "passes"), [(12, "once"), (1, "each time")])
 def test_a_run_keeps_what_it_reads_again(steps, passes, monkeypatch):
     made = []
