@@ -1,4 +1,4 @@
-# make venv | demo | test | style | quality | docs | wheel | clean
+# make venv | demo | test | style | quality | docs | wheel | bundle | clean
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -9,7 +9,7 @@ CODE := optimum_mobilequant tests examples benchmarks .ci
 # Tests and demo need no network: a hub request in them is a fault and fails at once.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: venv demo test style quality docs wheel clean
+.PHONY: venv demo test style quality docs wheel bundle clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -45,5 +45,9 @@ docs: venv
 wheel: venv
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
+# Before "wheel": compiled kernels go into it, and it is one for this platform.
+bundle: venv
+	$(BIN)/python -m optimum_mobilequant.kernels.bundle
+
 clean:
-	rm -rf build dist demo-out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf optimum_mobilequant/kernels/bundled build dist demo-out .pytest_cache .ruff_cache .mypy_cache .hypothesis

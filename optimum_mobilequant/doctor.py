@@ -253,7 +253,8 @@ def _backends() -> list[dict[str, Any]]:
     found = []
     for name in registry.BACKENDS:
         detail = ""
-        if name == "cpp" and sys.platform != "win32" and not build.library_file().is_file():
+        there = build.bundled(build.library_name()) or build.library_file()
+        if name == "cpp" and sys.platform != "win32" and not there.is_file():
             try:
                 reason, detail = None, f"not compiled yet; {build.find_compiler()} will, on first use"
             except build.BuildError as error:

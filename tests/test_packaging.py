@@ -64,6 +64,26 @@ def test_the_sdist_is_the_checkout_without_the_rest(built):
     assert not [name for name in names if "__pycache__" in name or name.startswith((".git/", ".venv"))]
 
 
+def test_compiled_kernels_make_a_wheel_for_one_platform(tmp_path):
+    pytest.importorskip("hatchling", reason='the build backend is missing: pip install "optimum-mobilequant[dev]"')
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "optimum_mobilequant", source / "optimum_mobilequant")
+    bundled = source / "optimum_mobilequant" / "kernels" / "bundled"
+    bundled.mkdir(exist_ok=True)
+    (bundled / "linear-0.so").write_bytes(b"kernels")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.whl")
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert path.name.endswith(f"-py3-none-{platform}.whl")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("optimum_mobilequant/kernels/bundled/linear-0.so") == b"kernels"
+        assert "Root-Is-Purelib: false" in metadata(archive, "WHEEL")
+
+
 def metadata(wheel, name):
     (path,) = (path for path in wheel.namelist() if path.endswith(f".dist-info/{name}"))
     return wheel.read(path).decode()

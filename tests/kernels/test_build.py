@@ -4,15 +4,19 @@ import errno
 import logging
 import shutil
 import stat
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from optimum_mobilequant.kernels import choose, cpp, registry
+from optimum_mobilequant.kernels.bundle import bundle
 from optimum_mobilequant.kernels.cpp import build as building
 from optimum_mobilequant.kernels.cpp.build import BuildError, build_library, library_file
 from optimum_mobilequant.kernels.cpp.library import ISA_VARIABLE, Library
+from optimum_mobilequant.kernels.tuning import Passes
+from optimum_mobilequant.kernels.tuning.build import build_passes, passes_name
 from tests.kernels.layers import OUTPUTS, library, make
 from tests.kernels.test_registry import spec
 
@@ -138,6 +142,33 @@ def test_compiled_once_and_then_read(few_units, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(building, "_FLAGS", ("-O2", *building._FLAGS[1:]))
     assert library_file() != first
     with pytest.raises(BuildError):
+        build_library()
+
+
+@compiled_here
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels go into wheels for Linux")
+def test_kernels_that_came_with_the_package(few_units, cache, messages, monkeypatch, tmp_path):
+    """Neither a compiler nor a folder to write is needed, and the threads are torch's."""
+    made = bundle(tmp_path / "bundled")
+    assert [path.name for path in made] == [building.library_name(), passes_name()]
+    for path in made:
+        assert b"libgomp.so" not in path.read_bytes() and b"libstdc++.so" not in path.read_bytes()
+    monkeypatch.setattr(building, "_BUNDLED", tmp_path / "bundled")
+    read_only_cache(monkeypatch, tmp_path)
+    no_compiler(monkeypatch, tmp_path)
+    assert [build_library(), build_passes()] == made
+    assert cpp.available() is None and cpp.library().threaded
+    layer = make(2, 20, 16)
+    run = layer.prepare(OUTPUTS["codes"])
+    assert run.choice.backend.name == "cpp"
+    assert torch.equal(run(layer.x), layer.prepare(OUTPUTS["codes"], "reference")(layer.x))
+    Passes(build_passes())
+    assert not messages and not cache.exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / made[0].name).write_text("not a library")  # or one that needs a newer C library
+    monkeypatch.setattr(building, "_BUNDLED", other)
+    with pytest.raises(BuildError, match="no C.. compiler"):
         build_library()
 
 

@@ -1,11 +1,13 @@
-"""Compiles the kernels once for a user, into a cache folder.
+"""Finds the compiled kernels: those that came with the package, or compiled once for a user, into a cache folder.
 
 The sources include neither Python's nor torch's headers: a compiler and a few seconds are all that is needed. The file
-name holds a hash of the sources, the flags, the torch version and the kind of processor; nothing else is ever loaded.
+name holds a hash of the sources, the flags and the kind of processor, in the cache of the torch version too; nothing
+else is ever loaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -13,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from ...log import get_logger
 logger = get_logger(__name__)
 
 _HERE = Path(__file__).parent
+_BUNDLED = _HERE.parent / "bundled"  # filled by ``kernels.bundle``, for wheels of one platform
 _SOURCES = (
     "linear.h", "vector.h", "rows.h", "attention.h", "tiles.h", "kernel.cpp",  # compiled for each instruction set
     "layer.h", "scratch.h", "layer.cpp", "dispatch.cpp",
@@ -78,20 +81,52 @@ def units() -> tuple[Unit, ...]:
 
 def library_file() -> Path:
     """The path that the compiled kernels have in the cache, whether they exist or not."""
+    return cached_file(library_name())
+
+
+def library_name() -> str:
+    """File name of the kernels that came with the package."""
+    return versioned("linear", [_HERE / name for name in _SOURCES], _FLAGS, units())
+
+
+def versioned(kind: str, sources: Sequence[Path], *how: object) -> str:
+    """A file name that holds a hash of sources, of how they are compiled and of what for."""
     key = hashlib.sha256()
-    for name in _SOURCES:
-        key.update((_HERE / name).read_bytes())
-    key.update(repr((_FLAGS, units(), torch.__version__, platform.machine(), sys.platform)).encode())
-    return cache_folder() / f"linear-{key.hexdigest()[:20]}.so"
+    for path in sources:
+        key.update(path.read_bytes())
+    key.update(repr((how, platform.machine(), sys.platform)).encode())
+    return f"{kind}-{key.hexdigest()[:20]}.so"
+
+
+def cached_file(name: str) -> Path:
+    """Where a library of this name is cached: beside whatever OpenMP this version of torch brought."""
+    path = Path(name)
+    return cache_folder() / f"{path.stem}-{hashlib.sha256(torch.__version__.encode()).hexdigest()[:8]}{path.suffix}"
 
 
 def build_library() -> Path:
-    """The compiled kernels, from the cache or compiled now.
+    """The compiled kernels: those that came with the package, from the cache, or compiled now.
 
     Raises:
         BuildError: no compiler, a failed compilation, or a cache folder that cannot be written.
     """
-    return kept(library_file(), "the compiled kernels", _compile)
+    return bundled(library_name()) or kept(library_file(), "the compiled kernels", compile_library)
+
+
+def bundled(name: str) -> Path | None:
+    """A library that came with the package, if there is one of this name and it can be loaded here."""
+    path = _BUNDLED / name
+    if not path.is_file():
+        return None
+    try:
+        # It leaves OpenMP open, so that threads are torch's own: its library must be visible to others.
+        for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.info(f"the kernels that came with this package cannot be loaded and are compiled instead: {error}")
+        return None
+    return path
 
 
 def kept(target: Path, what: str, make: Callable[[str, Path], Path]) -> Path:
@@ -138,17 +173,20 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: {named or 'g++, clang++, c++'} not found; install g++ or set CXX")
 
 
-def _compile(compiler: str, folder: Path) -> Path:
+def compile_library(compiler: str, folder: Path, threads: Threads | None = None) -> Path:
     """All units and the dispatcher, linked to ``folder/linear.so``.
 
     A unit that this compiler does not know is left out; the portable one must compile.
+
+    Args:
+        threads: flags for OpenMP; None for those of this machine.
     """
-    threads = _thread_flags(compiler, folder)
+    threads = threads or thread_flags(compiler, folder)
     objects, have = [], []
     for unit in units():
         out = folder / f"{unit.isa}.o"
         macros = [f"-DMQ_ISA={unit.isa}_isa", f"-DMQ_{unit.isa.upper()}", *unit.macros]
-        error = _run([compiler, *_FLAGS, *unit.flags, *macros, "-c", str(_HERE / "kernel.cpp"), "-o", str(out)])
+        error = run([compiler, *_FLAGS, *unit.flags, *macros, "-c", str(_HERE / "kernel.cpp"), "-o", str(out)])
         if error is None:
             objects.append(str(out))
             have.append(f"-DMQ_HAVE_{unit.isa.upper()}")
@@ -163,40 +201,42 @@ def _compile(compiler: str, folder: Path) -> Path:
     own = ["-Wl,-Bsymbolic"] if sys.platform.startswith("linux") else []
     link = [compiler, "-shared", *own, "-o", str(folder / "linear.so"), *objects, *threads.link]
     for command in (*compile_plain, link):
-        if error := _run(command):
+        if error := run(command):
             raise BuildError(f"{compiler} fails on the CPU kernels: {error}")
     return folder / "linear.so"
 
 
 @dataclass(frozen=True)
-class _Threads:
+class Threads:
+    """Flags for OpenMP."""
+
     compile: tuple[str, ...]
     link: tuple[str, ...]
 
 
-def _thread_flags(compiler: str, folder: Path) -> _Threads:
+def thread_flags(compiler: str, folder: Path) -> Threads:
     """Flags for OpenMP, or none where the compiler has none (one thread is used then)."""
     source = folder / "openmp.cpp"
     source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
     # The library that torch brought: the threads are then torch's own.
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        flags = _Threads(("-fopenmp",), (str(library),))
+        flags = Threads(("-fopenmp",), (str(library),))
         if _links(compiler, source, flags):
             return flags
-    flags = _Threads(("-fopenmp",), ("-fopenmp",))
+    flags = Threads(("-fopenmp",), ("-fopenmp",))
     if _links(compiler, source, flags):
         return flags
     logger.warning(f"{compiler} has no OpenMP: the CPU kernels will use one thread")
-    return _Threads((), ())
+    return Threads((), ())
 
 
-def _links(compiler: str, source: Path, flags: _Threads) -> bool:
+def _links(compiler: str, source: Path, flags: Threads) -> bool:
     made = source.with_suffix(".o")
-    compiled = _run([compiler, *flags.compile, "-c", str(source), "-o", str(made)]) is None
-    return compiled and _run([compiler, str(made), *flags.link, "-o", str(source.with_suffix(".out"))]) is None
+    compiled = run([compiler, *flags.compile, "-c", str(source), "-o", str(made)]) is None
+    return compiled and run([compiler, str(made), *flags.link, "-o", str(source.with_suffix(".out"))]) is None
 
 
-def _run(command: list[str]) -> str | None:
+def run(command: list[str]) -> str | None:
     """None, or the first line that says what went wrong."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)

@@ -1,15 +1,10 @@
-"""Compiles passes.cpp once for a user, into the cache folder of the other kernels."""
+"""Finds the compiled passes, or compiles passes.cpp once for a user, into the cache folder of the other kernels."""
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import sys
 from pathlib import Path
 
-import torch
-
-from ..cpp.build import BuildError, _run, _thread_flags, cache_folder, kept
+from ..cpp.build import BuildError, Threads, bundled, cached_file, kept, run, thread_flags, versioned
 
 _SOURCE = Path(__file__).with_name("passes.cpp")
 # -ffp-contract=off: a fused multiply-add would round differently from torch's operations.
@@ -20,23 +15,30 @@ _FLAGS = (
 
 def passes_file() -> Path:
     """The path that the compiled passes have in the cache, whether they exist or not."""
-    key = hashlib.sha256(_SOURCE.read_bytes())
-    key.update(repr((_FLAGS, torch.__version__, platform.machine(), sys.platform)).encode())
-    return cache_folder() / f"tuning-{key.hexdigest()[:20]}.so"
+    return cached_file(passes_name())
+
+
+def passes_name() -> str:
+    """File name of the passes that came with the package."""
+    return versioned("tuning", [_SOURCE], _FLAGS)
 
 
 def build_passes() -> Path:
-    """The compiled passes, from the cache or compiled now.
+    """The compiled passes: those that came with the package, from the cache, or compiled now.
 
     Raises:
         BuildError: no compiler, a failed compilation, or a cache folder that cannot be written.
     """
-    return kept(passes_file(), "the passes of tuning", _compile)
+    return bundled(passes_name()) or kept(passes_file(), "the passes of tuning", compile_passes)
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    made, threads = folder / "passes.so", _thread_flags(compiler, folder)
-    command = [compiler, *_FLAGS, *threads.compile, "-shared", str(_SOURCE), "-o", str(made), *threads.link]
-    if error := _run(command):
-        raise BuildError(f"{compiler} fails on the passes of tuning: {error}")
+def compile_passes(compiler: str, folder: Path, threads: Threads | None = None) -> Path:
+    """``folder/passes.so``. ``threads``: flags for OpenMP; None for those of this machine."""
+    part, made = folder / "passes.o", folder / "passes.so"
+    threads = threads or thread_flags(compiler, folder)
+    # In two commands: told of OpenMP, the linker takes the system's own library of it.
+    compiled = [compiler, *_FLAGS, *threads.compile, "-c", str(_SOURCE), "-o", str(part)]
+    for command in (compiled, [compiler, "-shared", "-o", str(made), str(part), *threads.link]):
+        if error := run(command):
+            raise BuildError(f"{compiler} fails on the passes of tuning: {error}")
     return made
