@@ -12,6 +12,7 @@ from optimum_mobilequant.bench.runners import resident_bytes
 from optimum_mobilequant.kernels import cpp, onednn, registry
 from optimum_mobilequant.runtime import backend, served, simulated
 from optimum_mobilequant.runtime.step_layer import StepLayer
+from tests.compiling import compiled
 from tests.runtime.test_fused import GREEDY, executed
 from tests.tiny import FAMILIES, build, config, logits_of, probe_ids
 
@@ -137,7 +138,7 @@ def test_compiled_forward_gives_the_same_bits():
     model = quantize(build("llama-gqa", num_hidden_layers=1), None, config("w4a8", backend="onednn"))
     assert len(layers_of(model)) == 1
     expected = logits_of(model)
-    assert torch.equal(logits_of(torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
+    assert torch.equal(logits_of(compiled(model)), expected)
 
 
 def test_auto_takes_them_where_nothing_can_be_compiled(monkeypatch):
