@@ -209,9 +209,11 @@ def run_worker(python: Path, worker: Path, job: dict[str, Any], scratch: Path, s
             raise WorkerError(f"stopped after {seconds / 60:g} minutes") from None
         finally:
             if process.poll() is None:
-                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                started = psutil.Process(process.pid).children(recursive=True)
+                for one in [*started, process]:
                     one.kill()
                 process.wait()
+                psutil.wait_procs(started, timeout=10)  # not our children: they end when the system says so
     if status or not answer.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit status {status}"]
         print("\n".join(lines[-30:]), file=sys.stderr)
