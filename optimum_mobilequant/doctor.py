@@ -253,8 +253,7 @@ def _backends() -> list[dict[str, Any]]:
     found = []
     for name in registry.BACKENDS:
         detail = ""
-        there = build.bundled(build.library_name()) or build.library_file()
-        if name == "cpp" and sys.platform != "win32" and not there.is_file():
+        if name == "cpp" and sys.platform != "win32" and build.compiled_library() is None:
             try:
                 reason, detail = None, f"not compiled yet; {build.find_compiler()} will, on first use"
             except build.BuildError as error:

@@ -14,13 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .cpp.build import _BUNDLED, BuildError, Threads, compile_library, find_compiler, library_name
+from .cpp.build import BUNDLED, BuildError, Threads, compile_library, find_compiler, library_name
 from .tuning.build import compile_passes, passes_name
 
 _OPEN = Threads(("-fopenmp",), ("-static-libstdc++", "-static-libgcc", "-Wl,--strip-all"))
 
 
-def bundle(folder: Path = _BUNDLED) -> list[Path]:
+def bundle(folder: Path = BUNDLED) -> list[Path]:
     """Compile the kernels and the passes of tuning into ``folder``, in place of what it holds.
 
     Raises:

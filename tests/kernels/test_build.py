@@ -153,7 +153,7 @@ def test_kernels_that_came_with_the_package(few_units, cache, messages, monkeypa
     assert [path.name for path in made] == [building.library_name(), passes_name()]
     for path in made:
         assert b"libgomp.so" not in path.read_bytes() and b"libstdc++.so" not in path.read_bytes()
-    monkeypatch.setattr(building, "_BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(building, "BUNDLED", tmp_path / "bundled")
     read_only_cache(monkeypatch, tmp_path)
     no_compiler(monkeypatch, tmp_path)
     assert [build_library(), build_passes()] == made
@@ -167,7 +167,7 @@ def test_kernels_that_came_with_the_package(few_units, cache, messages, monkeypa
     other = tmp_path / "other"
     other.mkdir()
     (other / made[0].name).write_text("not a library")  # or one that needs a newer C library
-    monkeypatch.setattr(building, "_BUNDLED", other)
+    monkeypatch.setattr(building, "BUNDLED", other)
     with pytest.raises(BuildError, match="no C.. compiler"):
         build_library()
 

@@ -26,7 +26,7 @@ from ...log import get_logger
 logger = get_logger(__name__)
 
 _HERE = Path(__file__).parent
-_BUNDLED = _HERE.parent / "bundled"  # filled by ``kernels.bundle``, for wheels of one platform
+BUNDLED = _HERE.parent / "bundled"  # filled by ``kernels.bundle``, for wheels of one platform
 _SOURCES = (
     "linear.h", "vector.h", "rows.h", "attention.h", "tiles.h", "kernel.cpp",  # compiled for each instruction set
     "layer.h", "scratch.h", "layer.cpp", "dispatch.cpp",
@@ -113,9 +113,14 @@ def build_library() -> Path:
     return bundled(library_name()) or kept(library_file(), "the compiled kernels", compile_library)
 
 
+def compiled_library() -> Path | None:
+    """The kernels that would be loaded here without compiling anything, or None."""
+    return bundled(library_name()) or (path if (path := library_file()).is_file() else None)
+
+
 def bundled(name: str) -> Path | None:
     """A library that came with the package, if there is one of this name and it can be loaded here."""
-    path = _BUNDLED / name
+    path = BUNDLED / name
     if not path.is_file():
         return None
     try:
