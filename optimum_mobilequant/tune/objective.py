@@ -120,7 +120,7 @@ def make_objective(
         rows, batch_size: sequences on which the teacher is computed once; see :class:`.targets.Targets`.
         hidden_weight: of ``"logits_kl"``: weight of the relative squared error of what enters the head, added where
             gradients are taken; what is validated is the divergence alone. That looks at the directions that matter
-            for the texts at hand; hidden states hold the others.
+            for the texts at hand; hidden states hold the others (hints of hidden layers: Romero et al. 2015).
     """
     family = plan.family
     if plan.geometry.vocabulary <= 4 * top_k:
