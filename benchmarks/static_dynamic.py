@@ -7,8 +7,8 @@ Protocol and options as in quality.py. "dynamic": every activation that a static
 beforehand takes its range from each token's own extremes instead, on the same grid and with the same integer weights,
 so that nothing but the ranges differs. "dynamic at linears (torchao)": torchao's own per-token int8 activations at the
 inputs of linear layers, everything else in float, which is what most libraries call dynamic quantization; needs
-``pip install torchao``. ``--reuse quality.json`` takes static rows that quality.py measured with the same settings and
-text from its file, those of the present version alone.
+``pip install torchao``. ``--reuse FILE`` takes static rows that quality.py or ladder.py measured with the same
+settings, seed and text from their file, those of the present version alone.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def reuse(path: Path, table: Table, texts: dict[str, Text]) -> None:
-    """Copy the rows of quality.py's file that are missing here and mean the same."""
+    """Copy the rows of a file of quality.py or ladder.py that are missing here and mean the same."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     if different := {name for name, value in stored["settings"].items() if table.settings.get(name) != value}:
         raise SystemExit(
@@ -84,9 +84,11 @@ def reuse(path: Path, table: Table, texts: dict[str, Text]) -> None:
         )
     names = {"float": "float", **{options["recipe"]: case for case, options in STATIC.items() if len(options) == 1}}
     for row in stored["rows"]:
-        key = (row["model"], row["variant"], row["preset"], names.get(row["case"]))
+        key = (row["model"], row["variant"], row["preset"], names.get(row.get("case", row.get("recipe"))))
         known = (
             row["model"] in texts
+            and row["gap"] is not None
+            and row.get("seed", table.settings["seed"]) == (0 if key[-1] == "float" else table.settings["seed"])
             and row["preset"] in (*PRESETS, "float32")
             and stored["texts"][row["model"]] == texts[row["model"]].record()
         )
@@ -182,7 +184,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="model/variant/preset/case, with wildcards; repeatable"
     )
-    parser.add_argument("--reuse", type=Path, metavar="FILE", help="results of quality.py to take static rows from")
+    parser.add_argument("--reuse", type=Path, metavar="FILE", help="results to take static rows from")
     args = checked(parser)
     args.wants = lambda *key: not args.only or any(fnmatch("/".join(key), pattern) for pattern in args.only)
     return args
