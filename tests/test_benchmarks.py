@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import shutil
 import sys
 from fnmatch import fnmatch
 
@@ -216,3 +217,19 @@ def test_startup_compares_fresh_interpreters_and_fails_beyond_a_limit(run, folde
     assert code == bool(exceeded)
     assert "| mobilequant --help |" in capsys.readouterr().out
     assert str(folder) not in json.dumps(rows)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), reason="no Chromium"
+)
+def test_report_page_times_a_page_and_fails_beyond_a_limit(run, folder, capsys):
+    slow = "<script>const end = performance.now() + 1100; while (performance.now() < end);</script>"
+    for name, script in (("quick", ""), ("slow", slow)):
+        (folder / f"{name}.html").write_text(f"<html><body>{script}<p>text</p></body></html>", encoding="utf-8")
+    options = ("--out", "page.json", "--repeat", 1)
+    assert run("report_page.py", "slow.html", *options) == 1
+    (row,) = json.loads((folder / "page.json").read_text())["pages"]
+    assert row["page"] == "slow.html" and row["milliseconds"][0] > 1100 and row["bytes"] < 1000
+    assert "| slow.html |" in capsys.readouterr().out
+    code = run("report_page.py", "quick.html", *options)
+    assert bool(code) == (json.loads((folder / "page.json").read_text())["pages"][0]["milliseconds"][0] > 1000)
