@@ -71,7 +71,7 @@ def codes_of(scale: Tensor, zero_point: Tensor, grid: Grid) -> Codes:
 
 def compiled_passes(x: Tensor, scale: Tensor) -> Passes | None:
     """The compiled passes where they can take ``x``: plain float32 without gaps, on a CPU, with one scale."""
-    plain = x.device.type == scale.device.type == "cpu" and x.dtype == torch.float32 and not scale.ndim
+    plain = x.is_cpu and scale.is_cpu and x.dtype == torch.float32 and not scale.ndim
     if not plain or type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return None
     if not x.is_contiguous() and torch.empty_like(x).stride() != x.stride():
@@ -81,17 +81,18 @@ def compiled_passes(x: Tensor, scale: Tensor) -> Passes | None:
     return passes()
 
 
-def _snapped(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """The rounded tensor, marked as following from ``x``."""
+def _snapped(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, tuple[Passes, Codes] | None]:
+    """The rounded tensor, marked as following from ``x``; and the compiled passes, if they made it, with the grid as
+    they take it."""
     scale, zero_point = scale.detach(), zero_point.detach()
     if (compiled := compiled_passes(x, scale)) is None:
-        return follows_from(snap(x, scale, zero_point, grid), lambda t: snap(t, scale, zero_point, grid), x)
+        return follows_from(snap(x, scale, zero_point, grid), lambda t: snap(t, scale, zero_point, grid), x), None
     codes = codes_of(scale, zero_point, grid)
 
     def again(t: Tensor) -> Tensor:
         return compiled.snap(t, torch.empty_like(t), codes)
 
-    return follows_from(again(x), again, x)
+    return follows_from(again(x), again, x), (compiled, codes)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -121,8 +122,7 @@ def fake_quantize_open(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid)
 class _FakeQuantizeOpen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-        zero_point = zero_point.to(scale.dtype)
-        return _snapped(x, scale, zero_point, grid)
+        return _snapped(x, scale, zero_point.to(scale.dtype), grid)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,8 +139,7 @@ def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Gr
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-        out = _snapped(x, scale, zero_point, grid)
-        ctx.compiled = compiled_passes(x, scale)
+        out, ctx.compiled = _snapped(x, scale, zero_point, grid)
         ctx.save_for_backward(x, None if ctx.compiled else out, scale, zero_point)
         ctx.grid = grid
         return out
@@ -153,10 +152,12 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.compiled and ctx.needs_input_grad[1]:
             if grad.stride() != x.stride():
                 grad = torch.empty_like(x).copy_(grad)
-            ends = (float(end) for end in ends_of(scale, zero_point, ctx.grid))
-            codes = codes_of(scale, zero_point, ctx.grid)
-            grad_x, moved, clipped = ctx.compiled.snap_backward(grad, x, codes, *ends)
-            return grad_x, moved / scale, -scale * clipped if ctx.needs_input_grad[2] else None, None
+            compiled, codes = ctx.compiled
+            step, low, high = codes  # in double: the ends below, rounded to float32, are those of ends_of
+            grad_x, moved, clipped = compiled.snap_backward(grad, x, codes, (low - 0.5) * step, (high + 0.5) * step)
+            if ctx.needs_input_grad[2]:
+                grad_zero_point = scale.new_tensor(-step * clipped)
+            return grad_x, scale.new_tensor(moved / step), grad_zero_point, None
         grad_x = inside_only(grad, x, scale, zero_point, ctx.grid)
         if ctx.needs_input_grad[1]:
             flat, flat_x = grad.reshape(-1), grad_x.reshape(-1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fake import compiled_passes, ends_of, inside_only, snap
+from .fake import compiled_passes, inside_only, snap
 from .qparams import Grid, weight_qparams
 from .recompute import follows_from
 
@@ -84,65 +84,40 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         per_channel: bool,
     ) -> Tensor:
         rows, columns = (None if t is None else t.detach() for t in (row_log, column_log))
-        ctx.compiled = None
-        if per_channel and weight.ndim == 2 and weight.is_contiguous():
-            ctx.compiled = compiled_passes(weight, _ONE)
-        if ctx.compiled is None:
+        compiled = None
+        if (per_channel or len(weight) == 1) and weight.ndim == 2 and weight.is_contiguous():
+            compiled = compiled_passes(weight, _ONE)
+        ctx.compiled, ctx.scheme = compiled, (grid, symmetric, per_channel)
+        if compiled is None:
             scaled = rescale(weight, rows, columns)
-            ends = None
             low, high = clipped_range(scaled, clip, symmetric=symmetric, per_channel=per_channel)
-        else:
-            factors = tuple(None if t is None else t.exp() for t in (rows, columns))
-            scaled, ends = ctx.compiled.weight_range(weight, *factors)
-            low, high = clipped_ends(ends[0, :, None], ends[1, :, None], clip, symmetric=symmetric)
+            scale, zero_point = weight_qparams(low, high, grid, symmetric)
+            zero = zero_point.float()
+            out = snap(scaled, scale, zero, grid)
+            # Only the weight and vectors are kept: the rescaled copy and the result are recomputed.
+            ctx.save_for_backward(weight, row_log, column_log, clip, out, low, high, scale, zero_point)
+            return follows_from(out, lambda w: snap(rescale(w, rows, columns), scale, zero, grid), weight)
+        by_row, by_column = (None if t is None else t.exp() for t in (rows, columns))
+        scaled, ends = compiled.weight_range(weight, by_row, by_column)
+        low, high = clipped_ends(ends[0, :, None], ends[1, :, None], clip, symmetric=symmetric)
         scale, zero_point = weight_qparams(low, high, grid, symmetric)
-        if ctx.compiled is None:
-            out = snap(scaled, scale, zero_point.float(), grid)
+        codes = _row_codes(scale, zero_point, grid, symmetric)
+        out = compiled.weight_snap(scaled, None, None, codes, scaled)
 
-            def again(weight: Tensor) -> Tensor:
-                return snap(rescale(weight, rows, columns), scale, zero_point.float(), grid)
-        else:
-            compiled, codes = ctx.compiled, _row_codes(scale, zero_point, grid)
-            out = compiled.weight_snap(scaled, None, None, codes, scaled)
+        def again(weight: Tensor) -> Tensor:
+            return compiled.weight_snap(weight, by_row, by_column, codes, torch.empty_like(weight))
 
-            def again(weight: Tensor) -> Tensor:
-                return compiled.weight_snap(weight, *factors, codes, torch.empty_like(weight))
-
-        # Only the weight and vectors are kept: the rescaled copy and the result are recomputed.
-        ctx.save_for_backward(
-            weight, row_log, column_log, clip, None if ctx.compiled else out, low, high, scale, zero_point, ends
-        )
-        ctx.scheme = (grid, symmetric, per_channel)
+        ctx.save_for_backward(weight, row_log, column_log, clip, None, low, high, scale, zero_point)
+        ctx.vectors = (by_row, by_column), codes, ends
         return follows_from(out, again, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, row_log, column_log, clip, out, low, high, scale, zero_point, ends = ctx.saved_tensors
+        weight, row_log, column_log, clip, out, low, high, scale, zero_point = ctx.saved_tensors
         grid, symmetric, per_channel = ctx.scheme
         if ctx.compiled is not None and not ctx.needs_input_grad[0]:
-            factors = tuple(None if t is None else t.exp() for t in (row_log, column_log))
-            limits = (t.reshape(-1) for t in ends_of(scale, zero_point, grid))
-            sums, by_column, places = ctx.compiled.weight_backward(
-                grad.contiguous(), weight, *factors, _row_codes(scale, zero_point, grid), *limits, ends
-            )
-            moved, clipped, by_row = sums[:, :, None]
-            grad_low, grad_high = _of_ends(moved / scale, -scale * clipped, low, scale, grid, symmetric)
-            at_low, at_high = (grad_low * low).view(-1), (grad_high * high).view(-1)
-            if symmetric:  # its range is set by the end farther from 0
-                places = torch.where(ends[1] >= -ends[0], places[1], places[0])[None]
-                parts = at_high[None]
-            else:
-                parts = torch.stack([at_low, at_high])
-            grad_row = by_row.view(-1) + parts.sum(0) if ctx.needs_input_grad[1] else None
-            grad_column = by_column.index_add(0, places.view(-1), parts.view(-1)) if ctx.needs_input_grad[2] else None
-            return (
-                None,
-                grad_row,
-                grad_column,
-                _of_clip(clip, grad_low * low, grad_high * high, symmetric),
-                *[None] * 3,
-            )
+            return None, *_compiled_backward(ctx, grad.contiguous(), weight, clip, low, high, scale), *[None] * 3
         if out is None:
             out = snap(rescale(weight, row_log, column_log), scale, zero_point.float(), grid)
         scaled = rescale(weight, row_log, column_log)
@@ -167,6 +142,38 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         return grad_weight, grad_row, grad_column, grad_clip, None, None, None
 
 
+def _compiled_backward(
+    ctx: Any, grad: Tensor, weight: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, scale: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the logarithms of rows and columns and of the clipping logits."""
+    grid, symmetric, _ = ctx.scheme
+    factors, codes, ends = ctx.vectors
+    step, lowest, highest = codes
+    limits = (lowest - 0.5) * step, (highest + 0.5) * step
+    (moved, clipped, by_row), by_column, places = ctx.compiled.weight_backward(
+        grad, weight, *factors, codes, *limits, ends
+    )
+    if symmetric:  # the range is set by the end farther from 0
+        at_high = (moved / (step * grid.qmax)) * high.view(-1)
+        parts, places = at_high, torch.where(ends[1] >= -ends[0], places[1], places[0])
+        at_ends = at_high
+    else:
+        grad_low, grad_high = _of_ends(
+            (moved / step)[:, None], (-step * clipped)[:, None], low, scale, grid, symmetric
+        )
+        parts = torch.cat([grad_low * low, grad_high * high], dim=1)
+        at_ends, parts, places = parts.sum(1), parts.t().flatten(), places.view(-1)
+    grad_row = by_row + at_ends if ctx.needs_input_grad[1] else None
+    grad_column = by_column.index_add(0, places, parts) if ctx.needs_input_grad[2] else None
+    grad_clip = None
+    if clip is not None and symmetric:
+        grad_clip = torch.zeros_like(clip)
+        torch.mul(at_ends, torch.sigmoid(-clip[:, 1]), out=grad_clip[:, 1])
+    elif clip is not None:
+        grad_clip = _of_clip(clip, grad_low * low, grad_high * high, symmetric)
+    return grad_row, grad_column, grad_clip
+
+
 def _of_ends(
     grad_scale: Tensor, grad_zero: Tensor | None, low: Tensor, scale: Tensor, grid: Grid, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
@@ -186,10 +193,13 @@ def _of_clip(clip: Tensor | None, low_part: Tensor, high_part: Tensor, symmetric
     return slope if not symmetric else torch.cat([torch.zeros_like(slope[:, :1]), slope[:, 1:]], dim=1)
 
 
-def _row_codes(scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+def _row_codes(scale: Tensor, zero_point: Tensor, grid: Grid, symmetric: bool) -> tuple[Tensor, ...]:
     """Scale, lowest and highest code of each row, less its zero point, as the compiled passes take them."""
-    zero = zero_point.float()
-    return tuple(t.reshape(-1).contiguous() for t in (scale, grid.qmin - zero, grid.qmax - zero))
+    scale = scale.reshape(-1).contiguous()
+    if symmetric:
+        return scale, torch.full_like(scale, grid.qmin), torch.full_like(scale, grid.qmax)
+    zero = zero_point.view(-1).float()
+    return scale, grid.qmin - zero, grid.qmax - zero
 
 
 def _range_gradient(scaled: Tensor, low_part: Tensor, high_part: Tensor, symmetric: bool, per_channel: bool) -> Tensor:
