@@ -203,6 +203,8 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     assert table in (pages / "static_dynamic.md").read_text(encoding="utf-8")
     rows = json.loads((results / "ladder.json").read_text(encoding="utf-8"))["rows"]
     assert importlib.import_module("ladder").page(rows) in (pages / "results.md").read_text(encoding="utf-8")
+    rows = json.loads((results / "peers.json").read_text(encoding="utf-8"))["rows"]
+    assert importlib.import_module("peers").overview(rows) in (pages / "peers.md").read_text(encoding="utf-8")
     memory = importlib.import_module("memory")
     rows = json.loads((results / "memory.json").read_text(encoding="utf-8"))["rows"]
     table = importlib.import_module("table").markdown(memory.HEADER, map(memory.cells, rows))
