@@ -84,7 +84,8 @@ def test_it_works_without_learned_transforms():
 
 @pytest.mark.parametrize("start", ["gptq", "qronos"])
 def test_learning_goes_on_from_a_closed_form(start):
-    nearest, closed, learned = run("nearest"), run(start), run("learned", rounding_start=start, lr_offsets=0.01)
+    # Slowly: of what a closed form left, larger steps find nothing with some seeds.
+    nearest, closed, learned = run("nearest"), run(start), run("learned", rounding_start=start, lr_offsets=0.003)
     record, of_closed = (m.config.quantization_config.recorded["rounding"] for m in (learned, closed))
     assert record["start"] == pytest.approx(of_closed["best"], rel=1e-5)
     assert record["best"] < record["start"] < of_closed["start"]
