@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..log import get_logger
 from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantLinear, QuantNorm
-from ..nn.attention import refuse_other_attention
+from ..nn.attention import check_call
 from ..nn.prefix import remove_prefix
 from ..nn.quantizer import quantize_output
 from ..plan import Plan
@@ -69,8 +69,8 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
             if hook is quantize_output:
                 del left._forward_hooks[key]
         for key, pre_hook in list(left._forward_pre_hooks.items()):
-            if pre_hook is refuse_other_attention:
-                del left._forward_pre_hooks[key]
+            if pre_hook is check_call:
+                del left._forward_pre_hooks[key], left._forward_pre_hooks_with_kwargs[key]
     model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     del model._tied_weights_keys, model.all_tied_weights_keys  # back to the class's
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -67,16 +67,22 @@ def _tunes(module: Any, query: Tensor) -> bool:
     return not (module.scores._forward_hooks or module.probabilities._forward_hooks)
 
 
-def refuse_other_attention(module: Any, args: Any) -> None:
-    """Forward pre-hook of an attention module: with another implementation its quantizers would be skipped.
+def check_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module, for what would be skipped or end in a message about reshaping.
 
     Raises:
-        RuntimeError: the model was switched away from this implementation.
+        RuntimeError: the model was switched to another implementation, which would skip the quantizers.
+        ValueError: there is no token to attend with.
     """
     if module.config._attn_implementation != NAME:
         raise RuntimeError(
             f'attention implementation "{module.config._attn_implementation}" would skip the quantized attention; '
             f'call model.set_attn_implementation("{NAME}")'
+        )
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if hidden.numel() == 0:
+        raise ValueError(
+            f"no tokens: the ids have shape {list(hidden.shape[:2])}. Give at least one: BOS stands for an empty text"
         )
 
 

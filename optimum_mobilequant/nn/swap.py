@@ -101,7 +101,7 @@ def swap(
         attn = model.get_submodule(f.layer(i, f.attention))
         for name in ("query_rotated", "key_rotated", "scores", "probabilities", "context"):
             setattr(attn, name, quantizer(f"{f.layer(i, f.attention)}.{name}"))
-        attn.register_forward_pre_hook(attention.refuse_other_attention)
+        attn.register_forward_pre_hook(attention.check_call, with_kwargs=True)
         layer: Any = model.get_submodule(f.layer(i))
         layer.output = quantizer(f"{f.layer(i)}.output")
         layer.register_forward_hook(quantize_output)

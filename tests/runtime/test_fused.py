@@ -141,6 +141,9 @@ def test_caches_that_cannot_serve_are_refused(quantized):
     with pytest.raises(ValueError, match="keep no attention probabilities"):
         model(ids, output_attentions=True)
     assert model(ids[:0]).logits.shape == (0, 12, 96) and model(ids[:, :0]).logits.shape == (2, 0, 96)
+    for none in (ids[:0], ids[:, :0]):
+        with simulated(model), pytest.raises(ValueError, match=rf"no tokens: the ids have shape \[{len(none)}, "):
+            model(none)
 
 
 @torch.no_grad()
