@@ -98,13 +98,16 @@ def by_seeds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[
     return groups
 
 
-def page(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ("rtn", "mobilequant", "best")) -> str:
-    """The table of docs/results.md: mean gaps of each model as it is, with half their spread over seeds."""
+def page(
+    rows: Sequence[dict[str, Any]],
+    recipes: Sequence[str] = ("rtn", "mobilequant", "best"),
+    presets: Sequence[str] = RUNG_PRESETS,
+) -> str:
+    """A table of docs/results.md: mean gaps of each model as it is, with half their spread over seeds."""
     groups = by_seeds(rows)
     floats = {
         key[0]: found[0]["perplexity"] for key, found in groups.items() if key[1:] == ("plain", "float32", "float")
     }
-    presets = [preset for preset in RUNG_PRESETS if any(row["preset"] == preset for row in rows)]
     lines = []
     for model, value in floats.items():
         line = [model, f"{value:.2f}"]
@@ -117,16 +120,24 @@ def page(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ("rtn", "mobil
                     means[recipe] = statistics.mean(gaps)
                 spread = f" ({len(gaps)} seeds, ±{50 * (max(gaps) - min(gaps)):.2f})" if len(gaps) > 1 else ""
                 line.append(f"{100 * means[recipe]:.2f} %{spread}" if gaps else "—")
-            if preset == "w4a8":
+            if _has_share(preset, recipes):
                 share = means["best"] / means["rtn"] if {"best", "rtn"} <= means.keys() else None
                 line.append("—" if share is None else f"{share:.2f}x")
         lines.append(line)
     names = [
         name
         for preset in presets
-        for name in [*(f"{preset.upper()} `{recipe}`" for recipe in recipes), *["of `rtn`'s"] * (preset == "w4a8")]
+        for name in [
+            *(f"{preset.upper()} `{recipe}`" for recipe in recipes),
+            *["of `rtn`'s"] * _has_share(preset, recipes),
+        ]
     ]
     return markdown(["model", "float perplexity", *names], lines)
+
+
+def _has_share(preset: str, recipes: Sequence[str]) -> bool:
+    """Whether a table says which part of ``rtn``'s gap ``best`` leaves."""
+    return preset == "w4a8" and "best" in recipes
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from packaging.version import Version
 
 from .configs import OLDEST, architecture
+
+OLDEST_TRITON = "3.6"  # as in the extra "gpu"
 
 # Triton's own switch, read when its kernels are imported: they are then run on the CPU, line by line.
 INTERPRETER = "TRITON_INTERPRET"
@@ -20,10 +24,20 @@ def interpreted() -> bool:
     return os.environ.get(INTERPRETER) == "1"
 
 
+def triton_version() -> str | None:
+    """Version of the package that is installed; None where it came without one (built from source)."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def unusable() -> str | None:
     """Why no kernel can run on this machine's GPUs, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install 'optimum-mobilequant[gpu]'"
+    if (found := triton_version()) is not None and Version(found) < Version(OLDEST_TRITON):
+        return f"Triton {found} lacks what the kernels use, {OLDEST_TRITON} has it; it comes with torch: take a newer torch"
     if interpreted():
         return None
     if torch.version.hip is not None:
@@ -31,11 +45,11 @@ def unusable() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_capability(index)
-        if found < OLDEST:
+        has = torch.cuda.get_device_capability(index)
+        if has < OLDEST:
             name = torch.cuda.get_device_name(index)
             return (
-                f"{name} has compute capability {found[0]}.{found[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]} "
+                f"{name} has compute capability {has[0]}.{has[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]} "
                 "(Ampere) or newer; hide it with CUDA_VISIBLE_DEVICES to use another GPU"
             )
     return None

@@ -12,6 +12,7 @@ from optimum_mobilequant.kernels.gpu import autotune, configs, device, layout
 from optimum_mobilequant.kernels.gpu import workspace as workspaces
 from optimum_mobilequant.kernels.gpu.configs import Config, cut
 from optimum_mobilequant.kernels.spec import Groups, Weights
+from tests import tiny
 from tests.kernels.layers import OUTPUTS, make
 
 CPU = torch.device("cpu")
@@ -23,6 +24,7 @@ def machine(monkeypatch):
     monkeypatch.delenv(registry.VARIABLE, raising=False)
     monkeypatch.delenv(device.INTERPRETER, raising=False)
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(device, "triton_version", lambda: device.OLDEST_TRITON)
     registry.unavailable.cache_clear()
 
     def has(*capabilities, hip=None):
@@ -49,6 +51,17 @@ def test_ampere_and_newer_are_used(machine, capability):
     machine(capability)
     assert gpu.available() is None
     assert choose(spec()).backend.name == "triton"
+
+
+def test_a_triton_that_came_with_an_old_torch_is_named(machine, monkeypatch):
+    assert f'"triton>={device.OLDEST_TRITON} ;' in (tiny.ROOT / "pyproject.toml").read_text()
+    machine((9, 0))
+    monkeypatch.setattr(device, "triton_version", lambda: "3.2.0")
+    assert gpu.available().startswith("Triton 3.2.0 lacks what the kernels use, 3.6 has it")
+    assert choose(spec()).backend.name == "simulate"
+    for fits in ("3.6.0", "3.10.1+cu130", None):
+        monkeypatch.setattr(device, "triton_version", lambda fits=fits: fits)
+        assert gpu.available() is None
 
 
 def test_an_older_gpu_has_one_reason_and_the_next_backend(machine):

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-pytest.importorskip("triton", reason="the GPU kernels are written in Triton")
+pytest.importorskip("triton", minversion="3.6", reason="the GPU kernels are written in Triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 

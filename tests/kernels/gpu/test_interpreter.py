@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 
-pytest.importorskip("triton", reason="the GPU kernels are written in Triton")
+pytest.importorskip("triton", minversion="3.6", reason="the GPU kernels are written in Triton")
 
 
 def test_the_kernels_in_the_interpreter():

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the GPU kernels are written in Triton")
+pytest.importorskip("triton", minversion="3.6", reason="the GPU kernels are written in Triton")
 
 from optimum_mobilequant.kernels.gpu import nibbles, product  # noqa: E402
 
