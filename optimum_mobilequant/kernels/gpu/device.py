@@ -37,7 +37,7 @@ def unusable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install 'optimum-mobilequant[gpu]'"
     if (found := triton_version()) is not None and Version(found) < Version(OLDEST_TRITON):
-        return f"Triton {found} lacks what the kernels use, {OLDEST_TRITON} has it; it comes with torch: take a newer torch"
+        return f"Triton {found} lacks what the kernels use, {OLDEST_TRITON} has it; a newer torch brings a newer one"
     if interpreted():
         return None
     if torch.version.hip is not None:
