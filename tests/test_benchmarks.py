@@ -202,7 +202,9 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     table = importlib.import_module("static_dynamic").ladder(rows)
     assert table in (pages / "static_dynamic.md").read_text(encoding="utf-8")
     rows = json.loads((results / "ladder.json").read_text(encoding="utf-8"))["rows"]
-    assert importlib.import_module("ladder").page(rows) in (pages / "results.md").read_text(encoding="utf-8")
+    ladder, text = importlib.import_module("ladder"), (pages / "results.md").read_text(encoding="utf-8")
+    assert ladder.page(rows) in text
+    assert ladder.page(rows, ("rtn", "adpq", "gptq", "qqq"), ("w4a8",)) in text
     rows = json.loads((results / "peers.json").read_text(encoding="utf-8"))["rows"]
     assert importlib.import_module("peers").overview(rows) in (pages / "peers.md").read_text(encoding="utf-8")
     memory = importlib.import_module("memory")
