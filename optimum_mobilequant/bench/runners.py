@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..families import cache_name
+
 
 class Runner(Protocol):
     """A loaded model.
@@ -46,8 +48,9 @@ class TransformersRunner:
         return self._step(torch.tensor([[token]]))
 
     def _step(self, ids: Tensor) -> int:
-        out = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
+        name = cache_name(self.model)
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: self._cache})
+        self._cache = getattr(out, name)
         return int(out.logits[0, -1].argmax())
 
 

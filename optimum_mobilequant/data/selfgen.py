@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..families import cache_name
 from ..log import progress_bar
 from .sources import SELF
 
@@ -132,9 +133,10 @@ class _Writer:
         device = next(self.model.parameters()).device
         ids = [self.open(torch.ones_like(self.age, dtype=torch.bool), self.age.clone())]
         cache: Any = None
+        name = cache_name(self.model)
         for _ in range(length - 1):
-            out = self.model(input_ids=ids[-1][:, None].to(device), past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
+            out = self.model(input_ids=ids[-1][:, None].to(device), use_cache=True, **{name: cache})
+            cache = getattr(out, name, None)
             if cache is None:
                 raise ValueError(
                     f"{type(self.model).__name__} keeps no cache of keys and values; give calibration text"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..families import cache_name
 from ..numerics import dequantize, quantize
 from .quantizer import Quantizer
 from .tunable import TunableWeight
@@ -139,7 +140,7 @@ def prefix_states(model: nn.Module, prefix: Sequence[int]) -> list[tuple[Tensor,
     """Keys (rotated) and values that a float model computes for the prefix tokens, layer by layer, float32
     ``[kv_heads, length, head_dim]``."""
     ids = torch.tensor([list(prefix)], device=next(model.parameters()).device)
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    layers = getattr(model(input_ids=ids, use_cache=True), cache_name(model)).layers
     return [(layer.keys[0].float().contiguous(), layer.values[0].float().contiguous()) for layer in layers]
 
 

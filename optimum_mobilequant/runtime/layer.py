@@ -168,6 +168,7 @@ class FusedForward:
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,  # what past_key_values is called since transformers 5.24
         **kwargs: Any,  # options of other attentions, as the decoder layers of transformers take them
     ) -> Tensor:
         if kwargs.get("output_attentions"):
@@ -176,7 +177,13 @@ class FusedForward:
             )
         if position_embeddings is None:
             raise ValueError("a fused layer takes position_embeddings: (cos, sin) from the model's rotary module")
-        out: Tensor = self.fused(hidden_states, attention_mask, position_embeddings, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:  # rather than to generate as if each token were the first
+            raise RuntimeError(
+                f"this transformers hands its cache to decoder layers by another name (one of {sorted(kwargs)}); "
+                'call set_backend(model, "simulate") and report it'
+            )
+        out: Tensor = self.fused(hidden_states, attention_mask, position_embeddings, cache)
         return out
 
 

@@ -98,6 +98,23 @@ def test_every_way_to_generate_gives_the_executors_tokens(quantized, options):
     assert torch.equal(model.generate(padded, attention_mask=mask, **GREEDY)[:, 3:], expected)
 
 
+def test_a_cache_comes_by_either_name_and_by_no_other(quantized):
+    model, ids = copy.deepcopy(quantized()), probe_ids(length=6)
+    expected, name = model.generate(ids, **GREEDY), {}
+
+    def renamed(layer, args, kwargs):
+        held = kwargs.pop("cache" if "cache" in kwargs else "past_key_values")
+        return args, kwargs | {name["now"]: held}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(renamed, with_kwargs=True)
+    for name["now"] in ("past_key_values", "cache"):  # the second since transformers 5.24
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    name["now"] = "memory"
+    with pytest.raises(RuntimeError, match="by another name .*'memory'"):
+        model.generate(ids, **GREEDY)
+
+
 def test_beams_reorder_the_cache(quantized):
     model, ids = copy.deepcopy(quantized()), probe_ids(length=6)
     found = model.generate(ids, num_beams=3, **GREEDY)
