@@ -107,7 +107,7 @@ CASES = (
     Case("qad, an offset for each weight", "w4a8", {
         "recipe": "qad", "finetune_dataset": "python-stdlib", "adapter_rank": 0, "lr_offsets": 3e-3,
     }),
-    Case("qad, self-written text", "w4a8", {"recipe": "qad", "finetune_dataset": "self", "finetune_samples": 2048}),
+    Case("qad, calibration text", "w4a8", {"recipe": "qad", "finetune_dataset": "calibration"}),
     Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
     Case("rtn, self-written text", "w8a8", {"recipe": "rtn", "dataset": "self"}),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..data.sources import dataset_kind, dataset_record
+from ..data.sources import CALIBRATION, SELF, dataset_kind, dataset_record
 from ..lookup import lookup, unknown_name
 from ..methods import NO_ADAPTERS
 from .options import DEFAULT_GROUP, DEFAULT_OUTLIERS, check_bits, check_format_options, check_values, whole
@@ -94,8 +94,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             gains and biases, the integers of the matrices frozen) or ``"qad"`` (the weights as well, by low-rank
             offsets inside the rounding). finetune_steps: optimiser steps on the logits. feature_steps: on hidden
             states, before those.
-        finetune_dataset, finetune_split, finetune_samples: text for it, as ``dataset``; None takes the calibration
-            text. Validation stays on the latter.
+        finetune_dataset, finetune_split, finetune_samples: text for it, as ``dataset``, or ``"calibration"`` for the
+            calibration text. None is that for ``"scales"`` and ``"self"`` for ``"qad"``, which learns too much of text
+            that was seen before. Samples: as many as the steps read. Validation stays on the calibration text.
         teachers: models to imitate while fine-tuning, of the same vocabulary: names or folders, ``"float"`` for the
             model itself, or ``{"model": name, "weight": number}``; weights are relative. None means ``["float"]``.
         adapter_rank: rank of the offsets of ``"qad"``. lr_adapters: their learning rate; lr_finetune: that of norm
@@ -257,11 +258,18 @@ class MobileQuantConfig(QuantizationConfigMixin):
                     raise ValueError(
                         f'{name} would have no effect: nothing is fine-tuned; set finetune="scales" or "qad"'
                     )
-        if self.finetune_dataset is None:
-            for name in ("finetune_split", "finetune_samples"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} would have no effect: it belongs to finetune_dataset, which is not set")
+        own = None if settings.finetune == "none" else self.finetune_text(settings)
+        for name in ("finetune_split", "finetune_samples"):
+            if own is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} would have no effect: it belongs to a finetune_dataset, and there is none")
         return settings
+
+    def finetune_text(self, settings: Settings) -> Any:
+        """The dataset that fine-tuning reads; None where it has none of its own but takes the calibration text."""
+        if self.finetune_dataset is None:
+            return SELF if settings.finetune == "qad" else None
+        shared = isinstance(self.finetune_dataset, str) and self.finetune_dataset == CALIBRATION
+        return None if shared else self.finetune_dataset
 
     def prefix_ids(self) -> tuple[int, ...]:
         """The prefix tokens of a finished checkpoint; empty if it has none."""

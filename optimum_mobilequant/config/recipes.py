@@ -103,8 +103,8 @@ class Recipe:
     top_k: int = 1024
     finetune: str = "none"
     adapter_rank: int = 32
-    lr_adapters: float = 2e-3
-    lr_finetune: float = 3e-3
+    lr_adapters: float = 5e-4
+    lr_finetune: float = 1e-3
     cross_entropy: float = 0.0
     temperature: float = 1.0
     attention_alignment: float = 0.0
@@ -127,7 +127,6 @@ class Effort:
         rounding_steps: optimiser steps of learned rounding.
         eval_every: steps between two measurements on the validation sequences; 0 without training.
         finetune_steps: optimiser steps of fine-tuning.
-        finetune_samples: sequences drawn for it, where it has a dataset of its own.
     """
 
     name: str
@@ -140,7 +139,6 @@ class Effort:
     rounding_steps: int
     eval_every: int
     finetune_steps: int = 0
-    finetune_samples: int = 1024
 
 
 def _table(*rows: T) -> dict[str, T]:
@@ -236,7 +234,7 @@ RECIPES: dict[str, Recipe] = _table(
 
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", "mobilequant", 64, 256, 8, 0, 0, 0),
-    Effort("light", "a first look", "mobilequant", 128, 256, 8, 60, 60, 20, finetune_steps=60, finetune_samples=256),
+    Effort("light", "a first look", "mobilequant", 128, 256, 8, 60, 60, 20, finetune_steps=60),
     Effort("default", "the usual trade", "best", 320, 256, 8, 200, 200, 25, finetune_steps=200),
     Effort(
         "best",
@@ -249,6 +247,5 @@ EFFORTS: dict[str, Effort] = _table(
         240,
         40,
         finetune_steps=400,
-        finetune_samples=3200,
     ),
 )

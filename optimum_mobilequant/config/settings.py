@@ -19,7 +19,7 @@ class Settings:
     the transforms, and with adaptive smoothing, ``smooth_alpha`` is None. ``rounding_steps`` is above 0 exactly when
     ``rounding`` is ``"learned"``, ``finetune_steps`` exactly when ``finetune`` is not ``"none"``. ``finetune_ranges``:
     fine-tuning moves activation ranges, also in a recipe that learned none before; the user's ``learn_ranges=False``
-    fixes them.
+    fixes them. ``finetune_samples``, of text of its own, is as many as its steps read, unless the user set it.
     """
 
     recipe: str
@@ -272,6 +272,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             raise ValueError(f'top_k={asked["top_k"]} would have no effect: it belongs to objective="logits_kl"')
     _settle_hidden_weight(asked, values)
     trained = max(values[name] for name in ("steps", "rounding_steps", "finetune_steps", "feature_steps"))
+    finetuning = values["finetune_steps"] + values["feature_steps"]
     values["eval_every"] = min(values["eval_every"] or trained, trained)
 
     return Settings(
@@ -281,6 +282,7 @@ def settings_of(recipe_name: str, effort_name: str, choices: Mapping[str, Any], 
             "effort": effort.name,
             "seed": seed,
             "finetune_ranges": values["finetune"] != "none" and asked.get("learn_ranges", True),
+            "finetune_samples": asked.get("finetune_samples", values["batch_size"] * finetuning),
             "gradient_checkpointing": asked.get("gradient_checkpointing") if trained else False,
             "teacher_dtype": asked.get("teacher_dtype", "float32"),
         }

@@ -86,13 +86,14 @@ class RunData:
         return data, data.train if more is None else more.train
 
 
-def peek(config: MobileQuantConfig) -> None:
+def peek(config: MobileQuantConfig, settings: Settings) -> None:
     """Read up to the first document: a name with a slip in it shows before anything is loaded.
 
     Raises:
         ValueError: what :func:`.sources.iter_documents` raises.
     """
-    for dataset, split in ((config.dataset, config.dataset_split), (config.finetune_dataset, config.finetune_split)):
+    own = config.finetune_text(settings)
+    for dataset, split in ((config.dataset, config.dataset_split), (own, config.finetune_split)):
         if dataset is not None and dataset != SELF:
             next(iter_documents(dataset, split=split, text_column=config.text_column), None)
 
@@ -113,7 +114,7 @@ def run_data(
         if isinstance(dataset, str) and dataset == SELF:
             if split is not None:
                 raise ValueError(f'dataset "{SELF}" has no splits; leave "{split}" out')
-            check_generates(model)
+            check_generates(model, "dataset" if stage == "write" else "finetune_dataset")
             bos, ends = start_tokens(model, tokenizer, config.bos)
             special = tuple(sorted(getattr(tokenizer, "all_special_ids", None) or ()))
             return Writing(stage, samples, settings.seq_len, seed, bos, tuple(sorted(ends)), special)
@@ -132,13 +133,14 @@ def run_data(
     seed = settings.seed
     more = None
     calibration = part(config.dataset, config.dataset_split, settings.samples, "write", seed)
-    if config.finetune_dataset is not None:
-        samples = settings.finetune_samples
-        more = part(config.finetune_dataset, config.finetune_split, samples, "write_more", seed + 1)
+    if (own := config.finetune_text(settings)) is not None:
+        more = part(own, config.finetune_split, settings.finetune_samples, "write_more", seed + 1)
     return RunData(calibration, more)
 
 
-def tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(
+    model: PreTrainedModel, config: MobileQuantConfig, settings: Settings
+) -> PreTrainedTokenizerBase | None:
     """The config's tokenizer, else the one beside the model; None where the data need none.
 
     Raises:
@@ -147,7 +149,7 @@ def tokenizer_of(model: PreTrainedModel, config: MobileQuantConfig) -> PreTraine
     given = config.tokenizer
     if given is not None and not isinstance(given, str):
         return given
-    texts = [d for d in (config.dataset, config.finetune_dataset) if d is not None and dataset_kind(d) != "ids"]
+    texts = [d for d in (config.dataset, config.finetune_text(settings)) if d is not None and dataset_kind(d) != "ids"]
     if not texts:
         return None
     from transformers import AutoTokenizer

@@ -52,16 +52,16 @@ def start_tokens(
     return named if bos is True or (bos == "auto" and by_default) else None, {e for e in ends if e is not None}
 
 
-def check_generates(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot write text.
+def check_generates(model: PreTrainedModel, option: str) -> None:
+    """Refuse a model that cannot write the text of a config's ``option``.
 
     Raises:
         ValueError: it has no language modelling head, or transformers says that it does not generate.
     """
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f'dataset="{SELF}" needs a model that can generate text, and {type(model).__name__} cannot; give '
-            "calibration text"
+            f'{option}="{SELF}" needs a model that can generate text, and {type(model).__name__} cannot; give text, '
+            f"{option}=..."
         )
 
 

@@ -19,6 +19,7 @@ Document: TypeAlias = str | torch.Tensor  # a text, or its token ids as int64 [t
 
 BUILT_IN = ("python-stdlib",)
 SELF = "self"  # the model that is quantized writes the text
+CALIBRATION = "calibration"  # of fine-tuning: the text that the rest of the run reads
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 _COLUMNS = ("text", "input_ids")  # tried in this order when no column is named
 _PIECE = 2**16  # characters that are read and tokenised at once

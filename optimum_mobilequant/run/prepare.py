@@ -286,9 +286,9 @@ def prepare(
         from ..exporters.targets import TARGETS, check_plan
 
         check_plan(model, plan, TARGETS[config.target])
-    peek(config)  # before looking for a tokenizer
+    peek(config, settings)  # before looking for a tokenizer
     if tokenizer is None:
-        tokenizer = tokenizer_of(model, config)
+        tokenizer = tokenizer_of(model, config, settings)
     settings = replace(settings, seq_len=_longest(model, settings))
     settings = replace(settings, gradient_checkpointing=checkpoints(plan, settings, config.device or model.device))
     tunes = settings.finetune != "none"

@@ -249,8 +249,12 @@ def test_bad_values_are_refused_by_name(options, message):
         ({"finetune_steps": 5}, 'nothing is fine-tuned; set finetune="scales" or "qad"'),
         ({"recipe": "best", "teachers": ["float"]}, "teachers would have no effect: nothing is fine-tuned"),
         ({"finetune_dataset": "python-stdlib"}, "finetune_dataset would have no effect"),
-        ({"recipe": "qad", "finetune_samples": 5}, "belongs to finetune_dataset, which is not set"),
-        ({"recipe": "qad", "finetune_split": "train"}, "belongs to finetune_dataset, which is not set"),
+        ({"finetune": "scales", "finetune_samples": 5}, "belongs to a finetune_dataset, and there is none"),
+        ({"finetune": "scales", "finetune_split": "train"}, "belongs to a finetune_dataset, and there is none"),
+        (
+            {"recipe": "qad", "finetune_dataset": "calibration", "finetune_samples": 5},
+            "belongs to a finetune_dataset, and there is none",
+        ),
         ({"finetune": "scales", "adapter_rank": 4}, 'leaves the integers as they are; set finetune="qad"'),
         (
             {"recipe": "mobilequant", "finetune": "scales", "lr_offsets": 0.1},
@@ -285,6 +289,20 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
     assert (settings.eval_every > 0) is trains
     balanced = settings.transforms and settings.smoothing == "balance"
     assert (settings.smooth_alpha is None) is not bool(balanced)
+
+
+def test_text_of_fine_tuning():
+    def chosen(**options):
+        config = MobileQuantConfig(dataset="calib.txt", **options)
+        return config.finetune_text(config.resolve()), config.resolve().finetune_samples
+
+    assert chosen(recipe="qad") == ("self", 8 * EFFORTS["default"].finetune_steps)
+    assert chosen(recipe="qad", finetune_steps=3, feature_steps=2, batch_size=4) == ("self", 20)
+    assert chosen(recipe="qad", finetune_samples=7) == ("self", 7)
+    assert chosen(recipe="qad", finetune_dataset="calibration")[0] is None
+    assert chosen(recipe="qad", finetune_dataset=["a text"])[0] == ["a text"]
+    assert chosen(finetune="scales")[0] is None
+    assert chosen(finetune="scales", finetune_dataset="self")[0] == "self"
 
 
 def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_fixed():

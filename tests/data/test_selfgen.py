@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from optimum_mobilequant import MobileQuantConfig, cli, quantize
 from optimum_mobilequant.data import selfgen
 from optimum_mobilequant.data.selfgen import GREEDY, start_tokens, write_sequences
-from tests.tiny import VOCAB, build, config
+from optimum_mobilequant.tune import stage as tune_stage
+from tests.tiny import VOCAB, build, config, token_ids
 
 BOS, EOS = 1, 2
 
@@ -161,6 +162,25 @@ def test_finetuning_can_have_text_of_its_own():
     options = {"recipe": "rtn", "effort": "light", "finetune": "scales", "finetune_steps": 2, "steps": None}
     model = run(**options, finetune_dataset="self", finetune_samples=5)
     assert model.config.quantization_config.to_dict()["finetune_dataset"] == "self"
+
+
+def test_distillation_reads_what_the_model_writes_unless_it_is_told_to_read_the_calibration_text(monkeypatch):
+    options = {"recipe": "rtn", "effort": "light", "finetune": "qad", "finetune_steps": 2, "steps": None}
+    learn, read = tune_stage.learn_end_to_end, []
+
+    def learning(trained, student, loss_of, train, *rest, **more):
+        read.append(train)
+        return learn(trained, student, loss_of, train, *rest, **more)
+
+    monkeypatch.setattr(tune_stage, "learn_end_to_end", learning)
+    for text in (None, "self", "calibration"):
+        run(**options, finetune_dataset=text, dataset=token_ids(40))
+    by_default, written, calibration = read[1::2]  # each run also calls it for a stage of no steps
+    assert torch.equal(by_default, written)
+    assert len(written) == 2 * config("w4a8", **options).resolve().batch_size
+    known = {tuple(row) for row in token_ids(40)}
+    assert {tuple(row.tolist()) for row in calibration} <= known
+    assert not {tuple(row.tolist()) for row in written} & known
 
 
 def test_a_model_that_cannot_generate_is_refused(monkeypatch):
