@@ -39,17 +39,35 @@ KILLS = {
     "features": (
         "qad",
         "save_progress:features:1",
-        ["04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round", "37_features.progress"],
+        ["03_write_more", "04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round", "37_features.progress"],
     ),
     "fine-tuning": (
         "qad",
         "save_progress:finetune:1",
-        ["04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round", "37_features", "38_finetune.progress"],
+        [
+            "03_write_more",
+            "04_prefix",
+            "10_calibrate",
+            "20_transform",
+            "30_learn",
+            "35_round",
+            "37_features",
+            "38_finetune.progress",
+        ],
     ),
     "fine-tuned": (
         "qad",
         "save:finetune:1",
-        ["04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round", "37_features", "38_finetune"],
+        [
+            "03_write_more",
+            "04_prefix",
+            "10_calibrate",
+            "20_transform",
+            "30_learn",
+            "35_round",
+            "37_features",
+            "38_finetune",
+        ],
     ),
     "layers learned": ("omniquant-edge", "save:learn:1", ["10_calibrate", "20_transform", "30_learn"]),
 }
