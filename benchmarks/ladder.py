@@ -121,7 +121,8 @@ def page(
                 spread = f" ({len(gaps)} seeds, ±{50 * (max(gaps) - min(gaps)):.2f})" if len(gaps) > 1 else ""
                 line.append(f"{100 * means[recipe]:.2f} %{spread}" if gaps else "—")
             if _has_share(preset, recipes):
-                share = means["best"] / means["rtn"] if {"best", "rtn"} <= means.keys() else None
+                last = recipes[-1]
+                share = means[last] / means["rtn"] if {last, "rtn"} <= means.keys() else None
                 line.append("—" if share is None else f"{share:.2f}x")
         lines.append(line)
     names = [
@@ -136,8 +137,8 @@ def page(
 
 
 def _has_share(preset: str, recipes: Sequence[str]) -> bool:
-    """Whether a table says which part of ``rtn``'s gap ``best`` leaves."""
-    return preset == "w4a8" and "best" in recipes
+    """Whether a table says which part of ``rtn``'s gap its last recipe leaves."""
+    return preset == "w4a8" and recipes[-1] in ("best", "qad")
 
 
 def parse_args() -> argparse.Namespace:

@@ -101,13 +101,18 @@ CASES = (
     )),
     # What comes behind the rounding, and calibration without any text.
     Case("qad", "w4a8", {"recipe": "qad"}),
+    Case("qad, as far at a step as with 4 bits", "w8a8", {"recipe": "qad", "lr_adapters": 8e-3}),
+    Case("qad, calibration text, higher rates", "w4a8", {
+        "recipe": "qad", "finetune_dataset": "calibration", "lr_adapters": 2e-3, "lr_finetune": 3e-3,
+    }),
     Case("qad, more text", "w4a8", {
         "recipe": "qad", "finetune_dataset": "python-stdlib", "finetune_split": "train",
     }),
-    Case("qad, an offset for each weight", "w4a8", {
-        "recipe": "qad", "finetune_dataset": "python-stdlib", "adapter_rank": 0, "lr_offsets": 3e-3,
-    }),
-    Case("qad, calibration text", "w4a8", {"recipe": "qad", "finetune_dataset": "calibration"}),
+    *(Case(f"qad, {name}", "w4a8", {"recipe": "qad", "finetune_samples": 2048, **options}) for name, options in (
+        ("2048 sequences", {}), ("higher rates", {"lr_adapters": 2e-3, "lr_finetune": 3e-3}),
+        ("slower ranges", {"lr_ranges": 2.5e-3}), ("500 steps", {"finetune_steps": 500}),
+        ("an offset for each weight", {"adapter_rank": 0, "lr_offsets": 2e-3}),
+    )),
     Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
     Case("rtn, self-written text", "w8a8", {"recipe": "rtn", "dataset": "self"}),

@@ -205,6 +205,8 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     ladder, text = importlib.import_module("ladder"), (pages / "results.md").read_text(encoding="utf-8")
     assert ladder.page(rows) in text
     assert ladder.page(rows, ("rtn", "adpq", "gptq", "qqq"), ("w4a8",)) in text
+    distilled = (tiny.ROOT / "docs" / "finetune.md").read_text()
+    assert ladder.page(rows, ("rtn", "best", "qad"), ("w4a8",)) in distilled
     rows = json.loads((results / "peers.json").read_text(encoding="utf-8"))["rows"]
     assert importlib.import_module("peers").overview(rows) in (pages / "peers.md").read_text(encoding="utf-8")
     memory = importlib.import_module("memory")

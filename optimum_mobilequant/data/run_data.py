@@ -38,8 +38,8 @@ class Writing:
         return hashlib.sha256(f"{self} {selfgen.BATCH} {selfgen.GREEDY}".encode()).hexdigest()
 
     def data(self, model: PreTrainedModel, run: RunDirectory) -> CalibrationData:
-        """Write the sequences, or read those that the run's folder keeps."""
-        held_out = held_out_of(self.samples)
+        """Write the sequences, or read those that the run's folder keeps; fine-tuning needs none for validation."""
+        held_out = held_out_of(self.samples) if self.stage == "write" else 0
         if (kept := run.load(self.stage)) is not None:
             ids = kept[0]["ids"]
         else:
