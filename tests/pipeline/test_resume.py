@@ -15,6 +15,8 @@ from optimum_mobilequant.transform import stage as transform_stage
 from optimum_mobilequant.tune import stage as tune_stage
 from tests.tiny import build, config, run_python, token_ids
 
+# Files of a distillation that has its text and its rounding.
+ROUNDED = ["03_write_more", "04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round"]
 # (recipe, where the process dies, files that must be there then)
 KILLS = {
     "calibrated": ("mobilequant", "save:calibrate:1", ["10_calibrate"]),
@@ -36,39 +38,9 @@ KILLS = {
         "save_progress:round:1",
         ["10_calibrate", "15_smooth", "20_transform", "30_learn", "35_round.progress"],
     ),
-    "features": (
-        "qad",
-        "save_progress:features:1",
-        ["03_write_more", "04_prefix", "10_calibrate", "20_transform", "30_learn", "35_round", "37_features.progress"],
-    ),
-    "fine-tuning": (
-        "qad",
-        "save_progress:finetune:1",
-        [
-            "03_write_more",
-            "04_prefix",
-            "10_calibrate",
-            "20_transform",
-            "30_learn",
-            "35_round",
-            "37_features",
-            "38_finetune.progress",
-        ],
-    ),
-    "fine-tuned": (
-        "qad",
-        "save:finetune:1",
-        [
-            "03_write_more",
-            "04_prefix",
-            "10_calibrate",
-            "20_transform",
-            "30_learn",
-            "35_round",
-            "37_features",
-            "38_finetune",
-        ],
-    ),
+    "features": ("qad", "save_progress:features:1", [*ROUNDED, "37_features.progress"]),
+    "fine-tuning": ("qad", "save_progress:finetune:1", [*ROUNDED, "37_features", "38_finetune.progress"]),
+    "fine-tuned": ("qad", "save:finetune:1", [*ROUNDED, "37_features", "38_finetune"]),
     "layers learned": ("omniquant-edge", "save:learn:1", ["10_calibrate", "20_transform", "30_learn"]),
 }
 RUN = """
