@@ -258,7 +258,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
                     raise ValueError(
                         f'{name} would have no effect: nothing is fine-tuned; set finetune="scales" or "qad"'
                     )
-        own = None if settings.finetune == "none" else self.finetune_text(settings)
+        own = self.finetune_text(settings)
         for name in ("finetune_split", "finetune_samples"):
             if own is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} would have no effect: it belongs to a finetune_dataset, and there is none")
