@@ -101,17 +101,17 @@ CASES = (
     )),
     # What comes behind the rounding, and calibration without any text.
     Case("qad", "w4a8", {"recipe": "qad"}),
-    Case("qad, as far at a step as with 4 bits", "w8a8", {"recipe": "qad", "lr_adapters": 8e-3}),
-    Case("qad, calibration text, higher rates", "w4a8", {
-        "recipe": "qad", "finetune_dataset": "calibration", "lr_adapters": 2e-3, "lr_finetune": 3e-3,
-    }),
+    Case("qad", "w8a8", {"recipe": "qad"}),
+    Case("qad, calibration text", "w4a8", {"recipe": "qad", "finetune_dataset": "calibration"}),
     Case("qad, more text", "w4a8", {
         "recipe": "qad", "finetune_dataset": "python-stdlib", "finetune_split": "train",
     }),
-    *(Case(f"qad, {name}", "w4a8", {"recipe": "qad", "finetune_samples": 2048, **options}) for name, options in (
-        ("2048 sequences", {}), ("higher rates", {"lr_adapters": 2e-3, "lr_finetune": 3e-3}),
-        ("slower ranges", {"lr_ranges": 2.5e-3}), ("500 steps", {"finetune_steps": 500}),
-        ("an offset for each weight", {"adapter_rank": 0, "lr_offsets": 2e-3}),
+    *(Case(f"qad, {name}", "w4a8", {"recipe": "qad", **options}) for name, options in (
+        ("1600 sequences", {"finetune_samples": 1600}), ("200 steps", {"finetune_steps": 200}),
+        ("800 steps, slower offsets", {"finetune_steps": 800, "lr_offsets": 7e-3, "finetune_samples": 4800}),
+        ("1500 steps", {"finetune_steps": 1500, "finetune_samples": 1600}),
+        ("low rank", {"adapter_rank": 32}), ("low rank, higher rate", {"adapter_rank": 32, "lr_adapters": 2e-3}),
+        ("bias correction", {"bias_correction": True}),
     )),
     Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),

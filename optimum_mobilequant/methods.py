@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 NO_ADAPTERS = (
     "a quantized model takes no adapters: their sums would leave the static integer ranges. Call model.dequantize() "
     "first, train the adapter on that float model, merge it (merge_and_unload) and quantize the result; "
-    'MobileQuantConfig(finetune="qad") trains low-rank updates inside the rounding'
+    'MobileQuantConfig(finetune="qad") trains the weights inside the rounding'
 )
 
 

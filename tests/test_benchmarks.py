@@ -207,6 +207,12 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     assert ladder.page(rows, ("rtn", "adpq", "gptq", "qqq"), ("w4a8",)) in text
     distilled = (tiny.ROOT / "docs" / "finetune.md").read_text()
     assert ladder.page(rows, ("rtn", "best", "qad"), ("w4a8",)) in distilled
+    formats = (pages / "formats.md").read_text(encoding="utf-8")
+    rows = json.loads((results / "formats_models.json").read_text(encoding="utf-8"))["rows"]
+    gaps = {(row["model"], row["case"]): row["gap"] for row in rows}
+    for model in {model for model, _ in gaps}:
+        cases = ("rtn", "adpq", "stored as adpq, no outliers", "stored as adpq")
+        assert f"| {model} | " + " | ".join(f"{gaps[model, case]:.2%}".replace("%", " %") for case in cases) in formats
     rows = json.loads((results / "peers.json").read_text(encoding="utf-8"))["rows"]
     assert importlib.import_module("peers").overview(rows) in (pages / "peers.md").read_text(encoding="utf-8")
     memory = importlib.import_module("memory")

@@ -91,16 +91,16 @@ class MobileQuantConfig(QuantizationConfigMixin):
         lr_transforms, lr_matrices, lr_clips, lr_ranges, lr_offsets, lr_gains: learning rates.
         top_k: teacher logits that enter ``logits_kl`` one by one.
         finetune: what is trained behind the rounding: ``"none"``, ``"scales"`` (row scales, activation ranges, norm
-            gains and biases, the integers of the matrices frozen) or ``"qad"`` (the weights as well, by low-rank
-            offsets inside the rounding). finetune_steps: optimiser steps on the logits. feature_steps: on hidden
-            states, before those.
+            gains and biases, the integers of the matrices frozen) or ``"qad"`` (the weights as well, by offsets inside
+            the rounding). finetune_steps: optimiser steps on the logits. feature_steps: on hidden states, before
+            those.
         finetune_dataset, finetune_split, finetune_samples: text for it, as ``dataset``, or ``"calibration"`` for the
             calibration text. None is that for ``"scales"`` and ``"self"`` for ``"qad"``, which learns too much of text
             that was seen before. Samples: as many as the steps read. Validation stays on the calibration text.
         teachers: models to imitate while fine-tuning, of the same vocabulary: names or folders, ``"float"`` for the
             model itself, or ``{"model": name, "weight": number}``; weights are relative. None means ``["float"]``.
-        adapter_rank: rank of the offsets of ``"qad"``. lr_adapters: their learning rate; lr_finetune: that of norm
-            gains and biases.
+        adapter_rank: rank of the offsets of ``"qad"``; 0 gives each weight one of its own, at ``lr_offsets``.
+            lr_adapters: learning rate of low-rank ones; lr_finetune: that of norm gains and biases.
         cross_entropy, temperature, attention_alignment, attention_entropy, token_share: the loss of fine-tuning, see
             ``optimum_mobilequant.tune.distill.Terms``.
         gradient_checkpointing: recompute each layer in the backward pass: a third more time for a fraction of the

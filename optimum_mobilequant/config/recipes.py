@@ -60,8 +60,8 @@ class Recipe:
             ranges move on at ``lr_ranges / 3``.
         top_k: teacher logits per token that enter ``logits_kl`` one by one; the rest is one bucket.
         finetune: what is trained behind the rounding: nothing, all but the integers, or these too (distillation).
-        adapter_rank, lr_adapters: of the low-rank offsets of ``"qad"``, in steps of the grid; rank 0 gives each weight
-            an offset of its own, which moves at ``lr_offsets``.
+        adapter_rank, lr_adapters: of the offsets of ``"qad"``, in steps of the grid: rank 0 gives each weight its own,
+            which moves at ``lr_offsets``; a higher one makes them products of two thin matrices (LR-QAT).
         lr_finetune: of rows' scales and norm gains (logarithms) and of biases (255ths of the range of what they are
             added to) while fine-tuning; activation ranges move at ``lr_ranges``.
         cross_entropy, temperature, attention_alignment, attention_entropy, token_share: see ``tune.distill.Terms``.
@@ -102,7 +102,7 @@ class Recipe:
     lr_gains: float = 1e-3
     top_k: int = 1024
     finetune: str = "none"
-    adapter_rank: int = 32
+    adapter_rank: int = 0
     lr_adapters: float = 5e-4
     lr_finetune: float = 1e-3
     cross_entropy: float = 0.0
@@ -225,7 +225,7 @@ RECIPES: dict[str, Recipe] = _table(
     replace(
         _MOBILEQUANT,
         name="qad",
-        summary="best, then quantization-aware distillation with low-rank weight updates",
+        summary="best, then quantization-aware distillation that moves every weight",
         rounding="learned",
         prefix="auto",
         finetune="qad",
@@ -235,7 +235,7 @@ RECIPES: dict[str, Recipe] = _table(
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", "mobilequant", 64, 256, 8, 0, 0, 0),
     Effort("light", "a first look", "mobilequant", 128, 256, 8, 60, 60, 20, finetune_steps=60),
-    Effort("default", "the usual trade", "best", 320, 256, 8, 200, 200, 25, finetune_steps=200),
+    Effort("default", "the usual trade", "best", 320, 256, 8, 200, 200, 25, finetune_steps=400),
     Effort(
         "best",
         "when the result matters more than the wait",

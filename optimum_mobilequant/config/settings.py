@@ -128,7 +128,7 @@ _OF_FINETUNING = (
     "attention_entropy",
     "token_share",
 )
-_OF_ADAPTERS = ("adapter_rank", "lr_adapters")
+_OF_WEIGHTS = ("adapter_rank", "lr_adapters")
 
 
 def _settle_finetuning(effort: Effort, asked: Mapping[str, Any], values: dict[str, Any]) -> None:
@@ -141,11 +141,14 @@ def _settle_finetuning(effort: Effort, asked: Mapping[str, Any], values: dict[st
             )
         values["finetune"] = "none"
     refused = {
-        "none": ((*_OF_FINETUNING, *_OF_ADAPTERS), 'nothing is fine-tuned; set finetune="scales" or "qad"'),
-        "scales": (_OF_ADAPTERS, 'finetune="scales" leaves the integers as they are; set finetune="qad"'),
-        "qad": ((), ""),
+        "none": ((*_OF_FINETUNING, *_OF_WEIGHTS), 'nothing is fine-tuned; set finetune="scales" or "qad"'),
+        "scales": (_OF_WEIGHTS, 'finetune="scales" leaves the integers as they are; set finetune="qad"'),
+        "qad": (("lr_adapters",), "every weight has an offset of its own; set adapter_rank=32"),
     }
     names, reason = refused[values["finetune"]]
+    if values["finetune"] == "qad" and values["adapter_rank"]:
+        names = () if values["rounding"] == "learned" else ("lr_offsets",)
+        reason = "the offsets are products of two matrices; set adapter_rank=0"
     if ignored := [name for name in names if asked.get(name)]:
         raise ValueError(f"{ignored[0]}={asked[ignored[0]]} would have no effect: {reason}")
     if values["finetune"] == "none":

@@ -1,9 +1,9 @@
 """Fine-tuning of a rounded student: scales, ranges, norm gains and biases, and with a rank the weights as well.
 
 With ``rank=None`` the integers of all matrices stay what they are; what moves is what multiplies or shifts them.
-With a rank every projection gets a low-rank offset inside its rounding, ``round(c + A B)`` (LR-QAT, Bondarenko et al.
-2024): quantization-aware training of every weight for the memory of two thin matrices, of which nothing is left at run
-time. With ``rank=0`` every weight has an offset of its own, for the memory of learned rounding.
+With ``rank=0`` every weight gets an offset inside its rounding, ``round(c + D)``: quantization-aware training for the
+memory of learned rounding. With a higher rank the offsets are low-rank products ``A B`` (LR-QAT, Bondarenko et al.
+2024), for the memory of two thin matrices. Of neither anything is left at run time.
 
 LR-QAT starts from the float weight W / s. Here c is the integer that the rounding stage chose: many of its weights lie
 at the border of two codes, where the first noisy step would flip them; from the middle of a code only gradients that

@@ -256,6 +256,11 @@ def test_bad_values_are_refused_by_name(options, message):
             "belongs to a finetune_dataset, and there is none",
         ),
         ({"finetune": "scales", "adapter_rank": 4}, 'leaves the integers as they are; set finetune="qad"'),
+        ({"recipe": "qad", "lr_adapters": 1e-3}, "has an offset of its own; set adapter_rank=32"),
+        (
+            {"recipe": "rtn", "finetune": "qad", "adapter_rank": 8, "lr_offsets": 0.02},
+            "products of two matrices; set adapter_rank=0",
+        ),
         (
             {"recipe": "mobilequant", "finetune": "scales", "lr_offsets": 0.1},
             'lr_offsets=0.1 .* set rounding="learned"',
@@ -310,7 +315,7 @@ def test_fine_tuning_moves_ranges_in_a_recipe_that_learns_none_unless_they_are_f
     settings = MobileQuantConfig(**scales, lr_finetune=2e-3).resolve()
     assert (settings.finetune_ranges, settings.learn_ranges, settings.steps) == (True, False, 0)
     assert settings.eval_every == EFFORTS["default"].eval_every
-    every = MobileQuantConfig(recipe="rtn", finetune="qad", adapter_rank=0, lr_offsets=0.02).resolve()
+    every = MobileQuantConfig(recipe="rtn", finetune="qad", lr_offsets=0.02).resolve()
     assert (every.adapter_rank, every.lr_offsets, every.rounding) == (0, 0.02, "nearest")
     assert MobileQuantConfig(**scales, learn_ranges=False).resolve().finetune_ranges is False
     assert MobileQuantConfig("w4a8").resolve().finetune_ranges is False

@@ -158,9 +158,10 @@ def test_scales_leaves_every_integer_of_a_matrix_alone_and_lowers_the_loss(round
     assert any(not torch.equal(p, after.state_dict()[n]) for n, p in before.state_dict().items() if n.endswith("bias"))
 
 
-def test_qad_moves_integers_and_lowers_the_loss():
+@pytest.mark.parametrize("moved", [{"lr_offsets": 5e-2}, {"adapter_rank": 4, "lr_adapters": 3e-2}])
+def test_qad_moves_integers_and_lowers_the_loss(moved):
     before = run()
-    qad = run(finetune="qad", finetune_steps=30, finetune_dataset="calibration", adapter_rank=4, lr_adapters=3e-2)
+    qad = run(finetune="qad", finetune_steps=30, finetune_dataset="calibration", **moved)
     old, new = matrices(before), matrices(qad)
     assert sum(int((old[name][0] != new[name][0]).sum()) for name in old) > 0
     assert all(torch.equal(old[n][0], new[n][0]) for n in ("lm_head.weight", "model.embed_tokens.weight"))
