@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Writing:
-    """Sequences that the model will write, once the run has begun; see :func:`.selfgen.write_sequences`."""
+    """Sequences that the model will write, once the run has begun; see :func:`.selfgen.write_sequences`.
+
+    ``continues``: half of them begin with pieces of the calibration text.
+    """
 
     stage: str
     samples: int
@@ -31,14 +34,19 @@ class Writing:
     bos: int | None
     ends: tuple[int, ...]
     never: tuple[int, ...]
+    continues: bool
 
     @property
     def sha256(self) -> str:
-        """Hash of the request: with the model's weights it decides what is written."""
-        return hashlib.sha256(f"{self} {selfgen.BATCH} {selfgen.GREEDY}".encode()).hexdigest()
+        """Hash of the request: with the model's weights, and text to continue, it decides what is written."""
+        return hashlib.sha256(f"{self} {selfgen.BATCH} {selfgen.GREEDY} {selfgen.GIVEN}".encode()).hexdigest()
 
-    def data(self, model: PreTrainedModel, run: RunDirectory) -> CalibrationData:
-        """Write the sequences, or read those that the run's folder keeps; fine-tuning needs none for validation."""
+    def data(self, model: PreTrainedModel, run: RunDirectory, text: Tensor | None = None) -> CalibrationData:
+        """Write the sequences, or read those that the run's folder keeps; fine-tuning needs none for validation.
+
+        Args:
+            text: int64 ``[n, seq_len]``, what ``continues`` means.
+        """
         held_out = held_out_of(self.samples) if self.stage == "write" else 0
         if (kept := run.load(self.stage)) is not None:
             ids = kept[0]["ids"]
@@ -51,6 +59,7 @@ class Writing:
                 bos=self.bos,
                 ends=self.ends,
                 never=self.never,
+                given=text if self.continues else None,
                 kept=run.load_progress(self.stage),
                 keep=lambda tensors, meta: run.save_progress(self.stage, tensors, meta),
             )
@@ -79,10 +88,11 @@ class RunData:
 
     def settle(self, model: PreTrainedModel, run: RunDirectory) -> tuple[CalibrationData, Tensor]:
         """Calibration data, and the training sequences of fine-tuning."""
-        data, more = (
-            part.data(model, run) if isinstance(part, Writing) else part for part in (self.calibration, self.finetune)
-        )
-        assert data is not None
+        data, more = self.calibration, self.finetune
+        if isinstance(data, Writing):
+            data = data.data(model, run)
+        if isinstance(more, Writing):
+            more = more.data(model, run, data.train)
         return data, data.train if more is None else more.train
 
 
@@ -117,7 +127,8 @@ def run_data(
             check_generates(model, "dataset" if stage == "write" else "finetune_dataset")
             bos, ends = start_tokens(model, tokenizer, config.bos)
             special = tuple(sorted(getattr(tokenizer, "all_special_ids", None) or ()))
-            return Writing(stage, samples, settings.seq_len, seed, bos, tuple(sorted(ends)), special)
+            continues = stage == "write_more" and not isinstance(calibration, Writing)
+            return Writing(stage, samples, settings.seq_len, seed, bos, tuple(sorted(ends)), special, continues)
         return calibration_data(
             dataset,
             tokenizer,
@@ -131,6 +142,7 @@ def run_data(
         )
 
     seed = settings.seed
+    calibration: CalibrationData | Writing | None = None
     more = None
     calibration = part(config.dataset, config.dataset_split, settings.samples, "write", seed)
     if (own := config.finetune_text(settings)) is not None:

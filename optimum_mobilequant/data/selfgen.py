@@ -1,13 +1,18 @@
-"""Calibration text that the model writes itself, where there is none that it may be shown (LLM-QAT, Liu et al. 2023).
+"""Text that the model writes itself: for calibration where there is none, and for fine-tuning where there is little.
 
-Every document begins with a token drawn at random, goes on with a few tokens of which each is the most likely one,
-and then with tokens drawn from the model's own distribution: the first makes documents differ, the next make them
-sensible, the last keep the model's own frequencies.
+Without any text (LLM-QAT, Liu et al. 2023) every document begins with a token drawn at random, goes on with a few
+tokens of which each is the most likely one, and then with tokens drawn from the model's own distribution: the first
+makes documents differ, the next make them sensible, the last keep the model's own frequencies.
+
+With some text every other batch begins its sequences with pieces of it and goes on with drawn tokens. What a small
+model writes all by itself drifts away from what it will be used on; pieces hold it there, and cut elsewhere they are
+continued otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 # Tokens of a document that are chosen greedily behind its first (LLM-QAT, section 2.1: the first 3 to 5).
 GREEDY = 4
 BATCH = 32  # sequences written at a time
+# Shares of a sequence between which the length of the given piece is drawn, for each batch.
+GIVEN = (1 / 8, 5 / 8)
 
 Rows = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -75,6 +82,7 @@ def write_sequences(
     bos: int | None,
     ends: Iterable[int] = (),
     never: Iterable[int] = (),
+    given: Tensor | None = None,
     kept: Rows | None = None,
     keep: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
     batch_size: int | None = None,
@@ -82,12 +90,14 @@ def write_sequences(
     """Sequences that ``model`` writes: documents joined end to end, as in calibration data made of texts.
 
     A token of ``ends`` closes a document and is not written itself, for a stream of texts does not hold it either: the
-    next document begins in its place, with ``bos`` if there is one. Batch n depends on (seed, n) alone.
+    next document begins in its place, with ``bos`` if there is one. Batch n depends on (seed, n) and ``given`` alone.
 
     Args:
         model: float causal LM; written to by nothing.
         batch_size: sequences at a time, part of what decides the draws; None takes ``BATCH``.
         bos, ends: see :func:`start_tokens`. never: tokens that are not written, such as those of padding.
+        given: int64 ``[n, seq_len]``; in every other batch, from the first, each sequence begins with a piece of one
+            of these rows, drawn at random. All others, and all where it is None, begin with a document of their own.
         kept: what ``keep`` was given last, to go on from there. keep: called behind each batch but the last.
 
     Returns:
@@ -104,7 +114,7 @@ def write_sequences(
     for batch in bar:
         size = min(batch_size, count - batch * batch_size)
         writer = _Writer(model, size, seed * 1_000_003 + batch, bos, set(ends), set(never))
-        rows.append(writer.write(seq_len))
+        rows.append(writer.write(seq_len, None if batch % 2 else given))
         if keep is not None and batch + 1 < total:
             keep({"ids": torch.cat(rows)}, {"batches": batch + 1})
     return torch.cat(rows)
@@ -129,20 +139,32 @@ class _Writer:
         self.generator = torch.Generator().manual_seed(seed)
         self.age = torch.zeros(size, dtype=torch.long)
 
-    def write(self, length: int) -> Tensor:
+    def write(self, length: int, given: Tensor | None) -> Tensor:
         device = next(self.model.parameters()).device
-        ids = [self.open(torch.ones_like(self.age, dtype=torch.bool), self.age.clone())]
+        if given is None:
+            ids = [self.open(torch.ones_like(self.age, dtype=torch.bool), self.age.clone())[:, None]]
+        else:
+            ids = [self.piece(given)]
+            self.age += ids[0].shape[1]
         cache: Any = None
         name = cache_name(self.model)
-        for _ in range(length - 1):
-            out = self.model(input_ids=ids[-1][:, None].to(device), use_cache=True, **{name: cache})
+        for _ in range(length - ids[0].shape[1]):
+            out = self.model(input_ids=ids[-1].to(device), use_cache=True, **{name: cache})
             cache = getattr(out, name, None)
             if cache is None:
                 raise ValueError(
                     f"{type(self.model).__name__} keeps no cache of keys and values; give calibration text"
                 )
-            ids.append(self.next(out.logits[:, -1].float().cpu()))
-        return torch.stack(ids, dim=1)
+            ids.append(self.next(out.logits[:, -1].float().cpu())[:, None])
+        return torch.cat(ids, dim=1)
+
+    def piece(self, given: Tensor) -> Tensor:
+        """What the batch begins with: as long for all rows, which read and write in step."""
+        draw = partial(torch.randint, generator=self.generator)
+        low, high = (max(1, int(share * given.shape[1])) for share in GIVEN)
+        size = int(draw(low, high + 1, (1,)))
+        first = int(draw(given.shape[1] - size + 1, (1,)))
+        return given[draw(len(given), self.age.shape), first : first + size]
 
     def next(self, logits: Tensor) -> Tensor:
         if not torch.isfinite(logits).all():

@@ -71,12 +71,53 @@ def test_it_depends_on_the_seed_alone():
     assert torch.equal(write(count=6, batch_size=2)[:2], write(count=4, batch_size=2)[:2])
 
 
-def test_writing_goes_on_where_it_stopped():
+@pytest.mark.parametrize("given", [None, torch.arange(3, 51).view(2, 24)])
+def test_writing_goes_on_where_it_stopped(given):
     snapshots = []
-    whole = write(batch_size=2, keep=lambda tensors, meta: snapshots.append((tensors, json.loads(json.dumps(meta)))))
+    options = {"batch_size": 2, "given": given}
+    whole = write(**options, keep=lambda tensors, meta: snapshots.append((tensors, json.loads(json.dumps(meta)))))
     assert [meta["batches"] for _, meta in snapshots] == [1, 2]
     for kept in snapshots:
-        assert torch.equal(write(batch_size=2, kept=kept), whole)
+        assert torch.equal(write(**options, kept=kept), whole)
+
+
+def begins_with_a_piece(row, given, sizes):
+    """The longest piece of ``given`` that ``row`` begins with, of the lengths ``sizes``; 0 if there is none."""
+    length = given.shape[1]
+    places = [
+        size
+        for size in sizes
+        for start in range(length - size + 1)
+        if (given[:, start : start + size] == row[:size]).all(1).any()
+    ]
+    return max(places, default=0)
+
+
+def test_sequences_go_on_from_pieces_of_given_text():
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randint(3, VOCAB, (5, 24), generator=generator)
+    low, high = (int(share * 24) for share in selfgen.GIVEN)
+    every = write(given=given, count=48, batch_size=4)
+    assert every.shape == (48, 24)
+    batches = every.split(4)
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches[1::2], write(count=48, batch_size=4).split(4)[1::2], strict=True)
+    )
+    written = torch.cat(batches[::2])
+    sizes = [[begins_with_a_piece(row, given, range(low, 25)) for row in batch] for batch in written.split(4)]
+    assert all(low <= min(batch) for batch in sizes)
+    # a written token may be the one that follows in the text, hence not more than nearly all
+    assert sum(max(batch) <= high + 1 for batch in sizes) >= 5 and len({min(batch) for batch in sizes}) > 2
+    assert len({tuple(row[:low].tolist()) for row in written}) > 12, "pieces should begin at many places"
+    assert not any(begins_with_a_piece(row, given, [low]) for row in write(count=8)), "the control"
+    model = build("llama-gqa")
+    ends_at = [size for batch in sizes for size in batch]
+    behind = [row[size] == replay(model, row)[size - 1] for row, size in zip(written, ends_at, strict=True)]
+    assert not all(behind), "what follows is drawn, not the most likely token"
+    with_ends = write(given=given, count=16, batch_size=16, ends=list(range(40, VOCAB)))
+    assert (with_ends[:, high:] == BOS).any(), "a document that ends is followed by another"
+    assert torch.equal(every, write(given=given, count=48, batch_size=4))
+    assert not torch.equal(written[:4], write(given=given, count=4, batch_size=4, seed=1))
 
 
 def test_start_tokens_without_and_with_tokenizer():
@@ -140,11 +181,11 @@ def test_an_interrupted_writing_resumes_to_the_same_bits(tmp_path, monkeypatch):
     expected = run().state_dict()
     write_row, calls = selfgen._Writer.write, []
 
-    def dying(self, length):
+    def dying(self, *args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return write_row(self, length)
+        return write_row(self, *args)
 
     monkeypatch.setattr(selfgen._Writer, "write", dying)
     model = build("llama-gqa")
@@ -181,6 +222,12 @@ def test_distillation_reads_what_the_model_writes_unless_it_is_told_to_read_the_
     known = {tuple(row) for row in token_ids(40)}
     assert {tuple(row.tolist()) for row in calibration} <= known
     assert not {tuple(row.tolist()) for row in written} & known
+    # it goes on from calibration text where there is some
+    given = torch.tensor(sorted(known))
+    assert all(begins_with_a_piece(row, given, [2]) for row in written)
+    read.clear()
+    run(**options)  # dataset="self": there is none
+    assert not all(begins_with_a_piece(row, given, [2]) for row in read[1])
 
 
 def test_a_model_that_cannot_generate_is_refused(monkeypatch):
