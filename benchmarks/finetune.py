@@ -6,7 +6,8 @@
 Protocol and texts as in quality.py. ``best`` runs once for a model and a seed, with its stages kept in ``--runs``;
 each case starts from a copy of them. ``divergence`` is the mean of KL(float || quantized) over the evaluation text in
 nats; the other text is what follows the evaluation text in the same source, up to --other-chars characters.
-``changed`` is the share of the projections' codes that are not those of ``best``.
+``changed`` is the share of the projections' codes that are not those of ``best``; ``minutes`` are without what was
+kept from another case, stages and written text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import Any
 import torch
 from quality import Subject, Text, add_options, checked, models_of
 from safetensors.torch import load_file
-from table import Table
+from table import Table, markdown
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant.data.selfgen import BATCH, start_tokens, write_sequences
+from optimum_mobilequant.data.sequences import held_out_of
 from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.evaluate.perplexity import token_ids
 from optimum_mobilequant.hf_quantizer import plan_of
@@ -46,24 +49,26 @@ FREE = ("recipe", "eval_every", "finetune", "feature", "adapter_rank", "teachers
 
 @dataclass(frozen=True)
 class Case:
-    """Options of the recipe "qad"."""
+    """Options of the recipe "qad". ``alone``: text that the model writes without pieces of the calibration text."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    alone: bool = False
 
 
 CASES = (
     Case("qad"),
-    Case("1600 sequences", {"finetune_samples": 1600}),
-    Case("200 steps", {"finetune_steps": 200}),
-    Case("800 steps", {"finetune_steps": 800}),
-    Case("3000 steps", {"finetune_steps": 3000}),
-    Case("slower offsets", {"lr_offsets": 5e-3}),
-    Case("calibration text", {"finetune_dataset": "calibration"}),
-    Case("low rank", {"adapter_rank": 32, "finetune_steps": 200, "finetune_samples": 1600}),
-    Case("low rank, higher rate", {"adapter_rank": 32, "lr_adapters": 2e-3, "finetune_samples": 1600}),
-    Case("scales", {"recipe": "best", "finetune": "scales"}),
-)
+    Case("400 steps", {"finetune_steps": 400}),
+    Case("400 steps, written alone", {"finetune_steps": 400}, alone=True),
+    Case("400 steps, calibration text", {"finetune_steps": 400, "finetune_dataset": "calibration"}),
+    Case("400 steps, low rank", {"finetune_steps": 400, "adapter_rank": 32}),
+    Case("400 steps, low rank, higher rate", {"finetune_steps": 400, "adapter_rank": 32, "lr_adapters": 2e-3}),
+    Case("400 steps, scales", {"finetune_steps": 400, "recipe": "best", "finetune": "scales"}),
+    Case("400 steps, calibration text, cross-entropy 0.2", {
+        "finetune_steps": 400, "finetune_dataset": "calibration", "cross_entropy": 0.2,
+    }),
+    Case("1600 steps", {"finetune_steps": 1600}),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -103,6 +108,12 @@ class Measured(Subject):
             total += float(F.kl_div(q, p, reduction="sum", log_target=True))
         return total / windows.numel()
 
+    def alone(self, samples: int, seed: int) -> Tensor:
+        bos, ends = start_tokens(self.float, self.tokenizer, False)
+        options: dict[str, Any] = {"bos": bos, "ends": ends, "never": self.tokenizer.all_special_ids, "seed": seed + 1}
+        count = samples + held_out_of(samples)  # a data set keeps a part for validation, which is not used
+        return write_sequences(self.float, count=count, seq_len=self.args.seq_len, **options)
+
     def values(self, model: PreTrainedModel, start: dict[str, Tensor] | None, minutes: float) -> dict[str, Any]:
         recorded = model.config.quantization_config.recorded
         kept = recorded["finetune"] or {}
@@ -131,7 +142,11 @@ def measure(name: str, subject: Measured, table: Table, args: argparse.Namespace
         if not table.has(name, args.preset, START, seed):
             table.add(name, args.preset, START, seed, values=subject.values(model, None, minutes))
         for case in wanted:
-            config = subject.config(args.preset, seed, {"recipe": "qad", **case.options})
+            options = {"recipe": "qad", **case.options}
+            if case.alone:
+                samples = subject.config(args.preset, seed, options).resolve().finetune_samples
+                options["finetune_dataset"] = subject.alone(samples, seed)
+            config = subject.config(args.preset, seed, options)
             folder = runs / case.name.replace(",", "").replace(" ", "-")
             branch(subject, config, runs, folder)
             model, minutes = timed(subject, config, folder)
@@ -164,7 +179,7 @@ def branch(subject: Measured, config: MobileQuantConfig, runs: Path, folder: Pat
     if config.finetune_text(config.resolve()) == "self" and not opened.finished("write_more"):
         # A batch depends on its number alone: whole batches of a longer text are those of a shorter one.
         for ids in written(runs):
-            if len(ids) == wanted or (len(ids) > wanted and wanted % 32 == 0):
+            if len(ids) == wanted or (len(ids) > wanted and wanted % BATCH == 0):
                 opened.save("write_more", {"ids": ids[:wanted].clone()}, {})
                 break
 
@@ -201,6 +216,12 @@ def cells(row: dict[str, Any]) -> list[str]:
     step = "" if row["kept_step"] is None else str(row["kept_step"])
     return [*(str(row[name]) for name in KEYS), f"{row['divergence']:.4f}", *percent, share, step,
             f"{row['minutes']:.1f}"]  # fmt: skip
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/finetune.md."""
+    shown = [cells(row) for row in rows]
+    return markdown(("model", *HEADER[2:3], *HEADER[4:8]), [[row[0], row[2], *row[4:8]] for row in shown])
 
 
 def parse_args() -> argparse.Namespace:

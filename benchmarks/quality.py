@@ -99,21 +99,12 @@ CASES = (
         ("lp ranges", {"range_init": "lp"}), ("output ranges", {"range_init": "output"}),
         ("bias correction", {"bias_correction": True}),
     )),
-    # What comes behind the rounding, and calibration without any text.
+    # What comes behind the rounding (finetune.py has more of it), and calibration without any text.
     Case("qad", "w4a8", {"recipe": "qad"}),
     Case("qad", "w8a8", {"recipe": "qad"}),
-    Case("qad, calibration text", "w4a8", {"recipe": "qad", "finetune_dataset": "calibration"}),
     Case("qad, more text", "w4a8", {
         "recipe": "qad", "finetune_dataset": "python-stdlib", "finetune_split": "train",
     }),
-    *(Case(f"qad, {name}", "w4a8", {"recipe": "qad", **options}) for name, options in (
-        ("1600 sequences", {"finetune_samples": 1600}), ("200 steps", {"finetune_steps": 200}),
-        ("800 steps, slower offsets", {"finetune_steps": 800, "lr_offsets": 7e-3, "finetune_samples": 4800}),
-        ("1500 steps", {"finetune_steps": 1500, "finetune_samples": 1600}),
-        ("low rank", {"adapter_rank": 32, "finetune_steps": 200, "finetune_samples": 1600}),
-        ("low rank, higher rate", {"adapter_rank": 32, "lr_adapters": 2e-3, "finetune_samples": 1600}),
-    )),
-    Case("best, scales", "w4a8", {"recipe": "best", "finetune": "scales"}),
     Case("self-written text", "w4a8", {"recipe": "mobilequant", "dataset": "self"}),
     Case("rtn, self-written text", "w8a8", {"recipe": "rtn", "dataset": "self"}),
 )  # fmt: skip

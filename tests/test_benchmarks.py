@@ -8,6 +8,8 @@ import sys
 from fnmatch import fnmatch
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -147,6 +149,26 @@ def test_tuning_speed_runs_checkouts_by_turns(run, folder, capsys):
     assert found["this"]["history"] == found["same"]["history"], "the same code should learn the same"
     assert found["same"]["wall_speed_of_this"] > 0 and found["this"]["wall_speed_of_this"] == 1
     assert "no package" in run("tuning_speed.py", "--model", "models/small", "--baseline", f"none={folder}")
+
+
+def test_finetune_compares_settings_behind_one_state(run, folder, capsys):
+    small = ["--models", "models", "--text", "small=calibration.txt,evaluation.txt,1000", "--quick", "--seq-len", 32]
+    wanted = ["--only", "small", "--runs", "runs", "--other-chars", 500]
+    cases = ["--cases", "qad", "400 steps, scales", "400 steps, written alone"]
+    assert run("finetune.py", "--out", "finetune.json", *small, *wanted, *cases) is None
+    rows = {row["case"]: row for row in json.loads((folder / "finetune.json").read_text())["rows"]}
+    assert list(rows) == ["best", "qad", "400 steps, written alone", "400 steps, scales"]
+    assert rows["best"]["changed"] is None and rows["400 steps, scales"]["changed"] == 0
+    starts = {row["history"][0][1] for name, row in rows.items() if name != "best"}
+    assert len(starts) == 1, "all start from one state"
+    assert all(row["divergence"] > 0 and row["gap_other"] is not None for row in rows.values())
+    first = folder / "runs" / "small" / "w4a8" / "0"
+    stages = {file.name: load_file(file) for file in (first / "best").glob("3[0-5]_*.safetensors")}
+    assert len(stages) == 2
+    for stage, tensors in stages.items():
+        found = load_file(first / "qad" / stage)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert "| small | w4a8 | 400 steps, scales | 0 |" in capsys.readouterr().out
 
 
 def test_speed_reports_ratios_of_both_presets(run, folder, capsys):

@@ -95,8 +95,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             the rounding). finetune_steps: optimiser steps on the logits. feature_steps: on hidden states, before
             those.
         finetune_dataset, finetune_split, finetune_samples: text for it, as ``dataset``, or ``"calibration"`` for the
-            calibration text. None is that for ``"scales"`` and ``"self"`` for ``"qad"``, which learns too much of text
-            that was seen before. Samples: as many as the steps read. Validation stays on the calibration text.
+            calibration text. ``"self"``: the model writes it, and begins half of it with pieces of the calibration
+            text. None is ``"calibration"`` for ``"scales"`` and ``"self"`` for ``"qad"``, which learns by heart what
+            it reads many times. Samples: as many as the steps read. Validation stays on the calibration text.
         teachers: models to imitate while fine-tuning, of the same vocabulary: names or folders, ``"float"`` for the
             model itself, or ``{"model": name, "weight": number}``; weights are relative. None means ``["float"]``.
         adapter_rank: rank of the offsets of ``"qad"``; 0 gives each weight one of its own, at ``lr_offsets``.
