@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
+from optimum_mobilequant.config.settings import Settings
 from optimum_mobilequant.data.selfgen import BATCH, start_tokens, write_sequences
-from optimum_mobilequant.data.sequences import held_out_of
+from optimum_mobilequant.data.sequences import calibration_data, held_out_of
 from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.evaluate.perplexity import token_ids
 from optimum_mobilequant.hf_quantizer import plan_of
@@ -49,25 +50,29 @@ FREE = ("recipe", "eval_every", "finetune", "feature", "adapter_rank", "teachers
 
 @dataclass(frozen=True)
 class Case:
-    """Options of the recipe "qad". ``alone``: text that the model writes without pieces of the calibration text."""
+    """Options of the recipe "qad". ``pieces``: share of the written sequences that begin with pieces of the
+    calibration text, 0 or 1; None is what the library does."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    alone: bool = False
+    pieces: int | None = None
 
 
 CASES = (
     Case("qad"),
     Case("400 steps", {"finetune_steps": 400}),
-    Case("400 steps, written alone", {"finetune_steps": 400}, alone=True),
     Case("400 steps, calibration text", {"finetune_steps": 400, "finetune_dataset": "calibration"}),
+    Case("400 steps, no pieces", {"finetune_steps": 400}, pieces=0),
+    Case("400 steps, all from pieces", {"finetune_steps": 400}, pieces=1),
+    Case("400 steps, scales", {"finetune_steps": 400, "recipe": "best", "finetune": "scales"}),
     Case("400 steps, low rank", {"finetune_steps": 400, "adapter_rank": 32}),
     Case("400 steps, low rank, higher rate", {"finetune_steps": 400, "adapter_rank": 32, "lr_adapters": 2e-3}),
-    Case("400 steps, scales", {"finetune_steps": 400, "recipe": "best", "finetune": "scales"}),
     Case("400 steps, calibration text, cross-entropy 0.2", {
         "finetune_steps": 400, "finetune_dataset": "calibration", "cross_entropy": 0.2,
     }),
     Case("1600 steps", {"finetune_steps": 1600}),
+    # For --preset w8a8, whose steps are sixteen times finer.
+    *(Case(f"400 steps, offsets at {rate}", {"finetune_steps": 400, "lr_offsets": rate}) for rate in (0.05, 0.16)),
 )  # fmt: skip
 
 
@@ -108,11 +113,22 @@ class Measured(Subject):
             total += float(F.kl_div(q, p, reduction="sum", log_target=True))
         return total / windows.numel()
 
-    def alone(self, samples: int, seed: int) -> Tensor:
+    def written(self, settings: Settings, pieces: int) -> Tensor:
         bos, ends = start_tokens(self.float, self.tokenizer, False)
-        options: dict[str, Any] = {"bos": bos, "ends": ends, "never": self.tokenizer.all_special_ids, "seed": seed + 1}
-        count = samples + held_out_of(samples)  # a data set keeps a part for validation, which is not used
-        return write_sequences(self.float, count=count, seq_len=self.args.seq_len, **options)
+        text: dict[str, Any] = {"samples": settings.samples, "seq_len": settings.seq_len, "seed": settings.seed}
+        given = calibration_data(self.text.calibration, self.tokenizer, bos=False, **text).train
+        return write_sequences(
+            self.float,
+            # a data set keeps a part for validation, which is not used
+            count=settings.finetune_samples + held_out_of(settings.finetune_samples),
+            seq_len=settings.seq_len,
+            seed=settings.seed + 1,
+            bos=bos,
+            ends=ends,
+            never=self.tokenizer.all_special_ids,
+            given=given if pieces else None,
+            given_every=1,
+        )
 
     def values(self, model: PreTrainedModel, start: dict[str, Tensor] | None, minutes: float) -> dict[str, Any]:
         recorded = model.config.quantization_config.recorded
@@ -143,9 +159,9 @@ def measure(name: str, subject: Measured, table: Table, args: argparse.Namespace
             table.add(name, args.preset, START, seed, values=subject.values(model, None, minutes))
         for case in wanted:
             options = {"recipe": "qad", **case.options}
-            if case.alone:
-                samples = subject.config(args.preset, seed, options).resolve().finetune_samples
-                options["finetune_dataset"] = subject.alone(samples, seed)
+            if case.pieces is not None:
+                resolved = subject.config(args.preset, seed, options).resolve()
+                options["finetune_dataset"] = subject.written(resolved, case.pieces)
             config = subject.config(args.preset, seed, options)
             folder = runs / case.name.replace(",", "").replace(" ", "-")
             branch(subject, config, runs, folder)

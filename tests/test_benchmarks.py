@@ -154,10 +154,10 @@ def test_tuning_speed_runs_checkouts_by_turns(run, folder, capsys):
 def test_finetune_compares_settings_behind_one_state(run, folder, capsys):
     small = ["--models", "models", "--text", "small=calibration.txt,evaluation.txt,1000", "--quick", "--seq-len", 32]
     wanted = ["--only", "small", "--runs", "runs", "--other-chars", 500]
-    cases = ["--cases", "qad", "400 steps, scales", "400 steps, written alone"]
+    cases = ["--cases", "qad", "400 steps, scales", "400 steps, all from pieces"]
     assert run("finetune.py", "--out", "finetune.json", *small, *wanted, *cases) is None
     rows = {row["case"]: row for row in json.loads((folder / "finetune.json").read_text())["rows"]}
-    assert list(rows) == ["best", "qad", "400 steps, written alone", "400 steps, scales"]
+    assert list(rows) == ["best", "qad", "400 steps, all from pieces", "400 steps, scales"]
     assert rows["best"]["changed"] is None and rows["400 steps, scales"]["changed"] == 0
     starts = {row["history"][0][1] for name, row in rows.items() if name != "best"}
     assert len(starts) == 1, "all start from one state"
@@ -229,6 +229,8 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     assert ladder.page(rows, ("rtn", "adpq", "gptq", "qqq"), ("w4a8",)) in text
     distilled = (tiny.ROOT / "docs" / "finetune.md").read_text()
     assert ladder.page(rows, ("rtn", "best", "qad"), ("w4a8",)) in distilled
+    rows = json.loads((results / "finetune.json").read_text(encoding="utf-8"))["rows"]
+    assert importlib.import_module("finetune").page(rows) in distilled
     formats = (pages / "formats.md").read_text(encoding="utf-8")
     rows = json.loads((results / "formats_models.json").read_text(encoding="utf-8"))["rows"]
     gaps = {(row["model"], row["case"]): row["gap"] for row in rows}

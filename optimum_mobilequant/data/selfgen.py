@@ -83,6 +83,7 @@ def write_sequences(
     ends: Iterable[int] = (),
     never: Iterable[int] = (),
     given: Tensor | None = None,
+    given_every: int = 2,
     kept: Rows | None = None,
     keep: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
     batch_size: int | None = None,
@@ -96,8 +97,9 @@ def write_sequences(
         model: float causal LM; written to by nothing.
         batch_size: sequences at a time, part of what decides the draws; None takes ``BATCH``.
         bos, ends: see :func:`start_tokens`. never: tokens that are not written, such as those of padding.
-        given: int64 ``[n, seq_len]``; in every other batch, from the first, each sequence begins with a piece of one
-            of these rows, drawn at random. All others, and all where it is None, begin with a document of their own.
+        given: int64 ``[n, seq_len]``; in batches 0, ``given_every``, 2 ``given_every`` ... each sequence begins with a
+            piece of one of these rows, drawn at random. All others, and all where it is None, begin with a document
+            of their own.
         kept: what ``keep`` was given last, to go on from there. keep: called behind each batch but the last.
 
     Returns:
@@ -114,7 +116,7 @@ def write_sequences(
     for batch in bar:
         size = min(batch_size, count - batch * batch_size)
         writer = _Writer(model, size, seed * 1_000_003 + batch, bos, set(ends), set(never))
-        rows.append(writer.write(seq_len, None if batch % 2 else given))
+        rows.append(writer.write(seq_len, None if batch % given_every else given))
         if keep is not None and batch + 1 < total:
             keep({"ids": torch.cat(rows)}, {"batches": batch + 1})
     return torch.cat(rows)

@@ -117,6 +117,8 @@ def test_sequences_go_on_from_pieces_of_given_text():
     with_ends = write(given=given, count=16, batch_size=16, ends=list(range(40, VOCAB)))
     assert (with_ends[:, high:] == BOS).any(), "a document that ends is followed by another"
     assert torch.equal(every, write(given=given, count=48, batch_size=4))
+    assert torch.equal(batches[0], write(given=given, count=8, batch_size=4, given_every=1)[:4])
+    assert all(begins_with_a_piece(row, given, [low]) for row in write(given=given, count=8, given_every=1))
     assert not torch.equal(written[:4], write(given=given, count=4, batch_size=4, seed=1))
 
 
