@@ -70,6 +70,7 @@ CASES = (
     Case("400 steps, calibration text, cross-entropy 0.2", {
         "finetune_steps": 400, "finetune_dataset": "calibration", "cross_entropy": 0.2,
     }),
+    Case("calibration text", {"finetune_dataset": "calibration"}),
     Case("1600 steps", {"finetune_steps": 1600}),
     # For --preset w8a8, whose steps are sixteen times finer.
     *(Case(f"400 steps, offsets at {rate}", {"finetune_steps": 400, "lr_offsets": rate}) for rate in (0.05, 0.16)),
