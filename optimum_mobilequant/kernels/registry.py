@@ -82,8 +82,9 @@ def order(spec: LinearSpec) -> tuple[str, ...]:
     if spec.device == "cuda":
         return ("triton", "simulate")
     # With AMX units oneDNN multiplies 8-bit matrices two to three times as fast as vector instructions do; our own
-    # kernels for them were never measured.
-    if spec.weight_bits == 8 and spec.device == "cpu" and has_amx():
+    # kernels for them were never measured. Of 16-bit codes it takes two products and adds them in float32: those stay
+    # with the kernels that count in integers.
+    if spec.weight_bits == spec.activation_bits == 8 and spec.device == "cpu" and has_amx():
         return ("onednn", "cpp", "simulate")
     return ("cpp", "onednn", "simulate")
 

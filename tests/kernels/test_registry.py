@@ -37,6 +37,7 @@ def machine(monkeypatch):
         (("cpp", "onednn"), {}, False, "simulate", {"cpp": "not here", "onednn": "not here"}),
         ((), {}, True, "onednn", {}),
         ((), {"weight_bits": 4}, True, "cpp", {}),
+        ((), {"activation_bits": 16}, True, "cpp", {}),
         ((), {"output": Output.totals()}, True, "cpp", {"onednn": "it does not return int32 totals"}),
         (("cpp",), {"symmetric": False, "weight_bits": 4}, False, "onednn", {"cpp": "not here"}),
         (("cpp",), {"symmetric": False}, False, "simulate",
