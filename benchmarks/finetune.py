@@ -33,10 +33,8 @@ from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
 from optimum_mobilequant.config.settings import Settings
 from optimum_mobilequant.data.selfgen import BATCH, start_tokens, write_sequences
 from optimum_mobilequant.data.sequences import calibration_data, held_out_of
-from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.evaluate.perplexity import token_ids
 from optimum_mobilequant.hf_quantizer import plan_of
-from optimum_mobilequant.nn.prefix import logits_behind
 from optimum_mobilequant.run.prepare import prepare
 from optimum_mobilequant.run.run_dir import STAGES
 
@@ -73,7 +71,7 @@ CASES = (
     Case("calibration text", {"finetune_dataset": "calibration"}),
     Case("1600 steps", {"finetune_steps": 1600}),
     # For --preset w8a8, whose steps are sixteen times finer.
-    *(Case(f"400 steps, offsets at {rate}", {"finetune_steps": 400, "lr_offsets": rate}) for rate in (0.05, 0.16)),
+    *(Case(f"finer grid, offsets at {rate}", {"finetune_steps": 400, "lr_offsets": rate}) for rate in (0.05, 0.16)),
 )  # fmt: skip
 
 
@@ -95,7 +93,7 @@ class Measured(Subject):
     def __init__(self, folder: Path, text: Text, args: argparse.Namespace):
         super().__init__(folder, text, args)
         self.float = self.load("plain")
-        self.other = following(text, args.other_chars)
+        self.other = text.following(args.other_chars)
         if token_ids(self.float, self.tokenizer, self.other).numel() < args.seq_len:
             self.other = ""  # the evaluation text reaches to the end of its source
         self.reference = self.score(self.float), self.score_other(self.float)
@@ -110,7 +108,7 @@ class Measured(Subject):
         length = self.args.seq_len
         windows, total = ids[: ids.numel() // length * length].view(-1, length), 0.0
         for batch in windows.split(8):
-            q, p = (logits_behind(m, (), batch).float().log_softmax(-1) for m in (model, self.float))
+            q, p = (m(input_ids=batch).logits.float().log_softmax(-1) for m in (model, self.float))
             total += float(F.kl_div(q, p, reduction="sum", log_target=True))
         return total / windows.numel()
 
@@ -195,13 +193,14 @@ def branch(subject: Measured, config: MobileQuantConfig, runs: Path, folder: Pat
     wanted = config.resolve().finetune_samples
     if config.finetune_text(config.resolve()) == "self" and not opened.finished("write_more"):
         # A batch depends on its number alone: whole batches of a longer text are those of a shorter one.
-        for ids in written(runs):
+        for ids in texts_of(runs):
             if len(ids) == wanted or (len(ids) > wanted and wanted % BATCH == 0):
                 opened.save("write_more", {"ids": ids[:wanted].clone()}, {})
                 break
 
 
-def written(runs: Path) -> Iterator[Tensor]:
+def texts_of(runs: Path) -> Iterator[Tensor]:
+    """What the model wrote in the runs that are there."""
     for file in sorted(runs.glob(f"*/{STAGES['write_more']:02d}_write_more.safetensors")):
         yield load_file(file)["ids"]
 
@@ -216,15 +215,6 @@ def codes_of(model: PreTrainedModel) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], now: dict[str, Tensor]) -> float:
     count = sum(int((before[path] != codes).sum()) for path, codes in now.items())
     return count / sum(codes.numel() for codes in now.values())
-
-
-def following(text: Text, characters: int) -> str:
-    """What comes behind the evaluation text in its source."""
-    if text.evaluation == "python-stdlib":
-        whole = "\n".join(stdlib_texts("test"))
-    else:
-        whole = Path(text.evaluation).read_text(encoding="utf-8")
-    return whole[text.max_chars : text.max_chars + characters]
 
 
 def cells(row: dict[str, Any]) -> list[str]:

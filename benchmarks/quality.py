@@ -119,9 +119,16 @@ class Text:
     max_chars: int
 
     def read(self) -> str:
+        return self.source()[: self.max_chars]
+
+    def following(self, characters: int) -> str:
+        """What comes behind the evaluation text in its source."""
+        return self.source()[self.max_chars : self.max_chars + characters]
+
+    def source(self) -> str:
         if self.evaluation == "python-stdlib":
-            return "\n".join(stdlib_texts("test"))[: self.max_chars]
-        return Path(self.evaluation).read_text(encoding="utf-8")[: self.max_chars]
+            return "\n".join(stdlib_texts("test"))
+        return Path(self.evaluation).read_text(encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.read().encode()).hexdigest()
