@@ -120,14 +120,15 @@ def run_data(
         ValueError: what :func:`.data.calibration_data` raises; a model that cannot generate.
     """
 
-    def part(dataset: object, split: str | None, samples: int, stage: str, seed: int) -> CalibrationData | Writing:
+    def part(
+        dataset: object, split: str | None, samples: int, stage: str, seed: int, continues: bool = False
+    ) -> CalibrationData | Writing:
         if isinstance(dataset, str) and dataset == SELF:
             if split is not None:
                 raise ValueError(f'dataset "{SELF}" has no splits; leave "{split}" out')
             check_generates(model, "dataset" if stage == "write" else "finetune_dataset")
             bos, ends = start_tokens(model, tokenizer, config.bos)
             special = tuple(sorted(getattr(tokenizer, "all_special_ids", None) or ()))
-            continues = stage == "write_more" and not isinstance(calibration, Writing)
             return Writing(stage, samples, settings.seq_len, seed, bos, tuple(sorted(ends)), special, continues)
         return calibration_data(
             dataset,
@@ -142,11 +143,11 @@ def run_data(
         )
 
     seed = settings.seed
-    calibration: CalibrationData | Writing | None = None
     more = None
     calibration = part(config.dataset, config.dataset_split, settings.samples, "write", seed)
     if (own := config.finetune_text(settings)) is not None:
-        more = part(own, config.finetune_split, settings.finetune_samples, "write_more", seed + 1)
+        given = not isinstance(calibration, Writing)
+        more = part(own, config.finetune_split, settings.finetune_samples, "write_more", seed + 1, continues=given)
     return RunData(calibration, more)
 
 
