@@ -128,7 +128,12 @@ def plan_of(model: PreTrainedModel, config: MobileQuantConfig) -> Plan:
     """The plan of a model, float or already swapped."""
     family = family_of(model, config.family)
     return build_plan(
-        family, geometry_of(model, family), config.resolve_scheme(), config.overrides, config.prefix_ids()
+        family,
+        geometry_of(model, family),
+        config.resolve_scheme(),
+        config.overrides,
+        config.prefix_ids(),
+        key_shift=config.key_shift is True,
     )
 
 

@@ -108,13 +108,15 @@ def stored_bytes(shape: torch.Size, spec: WeightSpec) -> int:
 
 
 def other_bytes(model: nn.Module, plan: Plan) -> int:
-    """Bytes of all in a checkpoint but the projections' weights: table, head, gains, biases, encodings, prefix."""
+    """Bytes of a checkpoint without its projections: table, head, gains, biases, encodings, prefix, shifts."""
     g, f = plan.geometry, plan.family
     total = _ENCODING_BYTES * len(plan.activations) + _ANCHOR_BYTES
     if plan.prefix:
         for i in range(g.layers):
             for name in (f"{f.layer(i, f.attention)}.key_rotated", f"{f.layer(i, f.value)}.output"):
                 total += len(plan.prefix) * g.kv_heads * g.head_dim * plan.activations[name].grid.dtype.itemsize
+    if plan.key_shift:
+        total += 2 * g.layers * g.kv_heads * g.head_dim
     for path, spec in plan.weights.items():
         module: Any = model.get_submodule(path)
         tied = path == plan.family.head and plan.geometry.tied

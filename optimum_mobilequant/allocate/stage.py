@@ -68,7 +68,14 @@ def allocate_bits(job: Prepared) -> None:
     config.overrides = {**(config.overrides or {}), **rows_of(job, units, chosen)} or None
     config.bits = config.sensitivity = config.bit_choices = None
     plan = job.plan
-    job.plan = build_plan(plan.family, plan.geometry, config.resolve_scheme(), config.overrides, plan.prefix)
+    job.plan = build_plan(
+        plan.family,
+        plan.geometry,
+        config.resolve_scheme(),
+        config.overrides,
+        plan.prefix,
+        key_shift=plan.key_shift,
+    )
     logger.info(f"{mean:.2f} bits for each weight of the projections on average, {spent:,} bytes, by {name}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,14 @@ class Statistics:
         low, high: 0-dim float32 extremes.
         sample: float32 ``[2, n]`` of the 8-bit activations: values, and the number of elements each stands for.
         channel_absmax: float32 ``[channels]`` of the activations that transforms divide.
+        channel_ends: float32 ``[2, channels]``, lowest and highest values of the rotated keys.
     """
 
     low: dict[str, Tensor]
     high: dict[str, Tensor]
     sample: dict[str, Tensor]
     channel_absmax: dict[str, Tensor]
+    channel_ends: dict[str, Tensor] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat, for a stage file."""
@@ -40,7 +42,7 @@ class Statistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Statistics:
-        parts: dict[str, dict[str, Tensor]] = {"low": {}, "high": {}, "sample": {}, "channel_absmax": {}}
+        parts: dict[str, dict[str, Tensor]] = {f.name: {} for f in fields(cls)}
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             parts[kind][name] = tensor
@@ -51,6 +53,7 @@ class _Observer:
     def __init__(self, spec: ActivationSpec, batches: int):
         self.low = self.high = torch.tensor(0.0)
         self.absmax: Tensor | None = None
+        self.ends: Tensor | None = None
         self.role = spec.role
         self.keep = max(1, SAMPLE // batches) if spec.bits <= 8 else 0
         self.kept: list[Tensor] = []
@@ -71,8 +74,14 @@ class _Observer:
         if self.keep:
             self.kept.append(self.sample(x).cpu())
         if self.role in _PER_CHANNEL_ROLES:
-            channels = self.flat_heads(x).abs().flatten(0, -2).amax(0)
+            rows = self.flat_heads(x).flatten(0, -2)
+            channels = rows.abs().amax(0)
             self.absmax = channels if self.absmax is None else torch.maximum(self.absmax, channels)
+            if self.role == "key_rotated":
+                lowest, highest = rows.amin(0), rows.amax(0)
+                if self.ends is not None:
+                    lowest, highest = torch.minimum(self.ends[0], lowest), torch.maximum(self.ends[1], highest)
+                self.ends = torch.stack([lowest, highest])
 
     def sample(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1)
@@ -120,4 +129,5 @@ def collect(student: nn.Module, ids: Tensor, *, batch_size: int, description: st
         high={n: o.high.cpu() for n, o in observers.items()},
         sample={n: torch.cat(o.kept, dim=1) for n, o in observers.items() if o.kept},
         channel_absmax={n: o.absmax.cpu() for n, o in observers.items() if o.absmax is not None},
+        channel_ends={n: o.ends.cpu() for n, o in observers.items() if o.ends is not None},
     )

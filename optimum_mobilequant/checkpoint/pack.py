@@ -15,6 +15,7 @@ from ..log import get_logger, progress_bar
 from ..nn import QWeight, quantizers_of
 from ..nn.formats import FormatWeight, TunableFormat
 from ..nn.prefix import PackedPrefix, TunablePrefix
+from ..nn.shift import PackedShift, TunableShift
 from ..nn.tunable import TunableBias, TunableWeight
 from ..numerics import dequantize, quantize
 from ..numerics.qparams import Grid
@@ -36,6 +37,7 @@ class Packed:
         activations: quantizer name -> (scale, zero point), 0-dim.
         multipliers: module path -> multiplier of each group, for weights that have groups.
         prefix: attention path -> codes of the prefix' keys and values; empty without a prefix.
+        shifts: attention path -> codes of what is added to its rotated keys; empty without.
         formatted: module path -> the tensors of a storage format, whose bias is any float32.
     """
 
@@ -44,11 +46,13 @@ class Packed:
     activations: dict[str, tuple[Tensor, Tensor]]
     multipliers: dict[str, Tensor] = field(default_factory=dict)
     prefix: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
     formatted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat, for a stage file."""
         flat = {f"bias/{path}": bias for path, bias in self.biases.items()}
+        flat |= {f"shift/{path}": codes for path, codes in self.shifts.items()}
         flat |= {f"multiplier/{path}": multiplier for path, multiplier in self.multipliers.items()}
         for path, parts in self.weights.items():
             flat |= {f"weight/{path}/{n}": t for n, t in zip(("codes", "scale", "zero_point"), parts, strict=True)}
@@ -74,6 +78,7 @@ class Packed:
             },
             {p: tensors[f"multiplier/{p}"] for p in names("multiplier")},
             {p: (tensors[f"prefix/{p}/key"], tensors[f"prefix/{p}/value"]) for p in names("prefix")},
+            {p: tensors[f"shift/{p}"] for p in names("shift")},
             {
                 path: {k.split("/")[2]: t for k, t in tensors.items() if k.startswith(f"formatted/{path}/")}
                 for path in names("formatted")
@@ -110,6 +115,9 @@ def pack(student: nn.Module, plan: Plan) -> Packed:
             zero = torch.zeros((), dtype=torch.int32, device=bias.device)
             packed.biases[path] = dequantize(quantize(bias, scale, zero, _BIAS_GRID), scale, zero)
     for path, module in modules.items():
+        if isinstance(module, TunableShift):
+            attention = path.rpartition(".")[0]
+            packed.shifts[attention] = module.pack(modules[attention])
         if isinstance(module, TunablePrefix):
             attention = path.rpartition(".")[0]
             keys, values, clipped = module.codes(modules[attention])
@@ -174,7 +182,10 @@ def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
         keys, values = (codes.to(device) for codes in packed.prefix[path])
         return PackedPrefix(keys, values, value_path(plan))
 
-    quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix)
+    def make_shift(path: str) -> PackedShift:
+        return PackedShift(packed.shifts[path].to(device), key_path(plan))
+
+    quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix, make_shift)
     config.tie_word_embeddings = plan.geometry.tied  # the head may have got a table of its own
     for quantizer in quantizers_of(model):
         quantizer.set(*packed.activations[quantizer.spec.name])
@@ -183,6 +194,11 @@ def install(model: nn.Module, plan: Plan, packed: Packed) -> None:
 def value_path(plan: Plan) -> str:
     """Path of the value projection from the attention."""
     return plan.family.value.removeprefix(f"{plan.family.attention}.")
+
+
+def key_path(plan: Plan) -> str:
+    """Path from the attention of what makes the keys that are rotated: their norm, or the key projection."""
+    return (plan.family.key_norm or plan.family.key).removeprefix(f"{plan.family.attention}.")
 
 
 def skeleton(model: nn.Module, plan: Plan) -> None:
@@ -206,4 +222,8 @@ def skeleton(model: nn.Module, plan: Plan) -> None:
         keys, values = (torch.empty(shape, dtype=plan.activations[n].grid.dtype, device=device) for n in owners)
         return PackedPrefix(keys, values, value_path(plan))
 
-    quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix)
+    def make_shift(path: str) -> PackedShift:
+        g, device = plan.geometry, model.get_parameter(f"{plan.family.final_norm}.weight").device
+        return PackedShift(torch.empty(g.kv_heads, g.head_dim, dtype=torch.int16, device=device), key_path(plan))
+
+    quantized_nn.swap(model, plan, make_weight, make_bias, make_prefix, make_shift)

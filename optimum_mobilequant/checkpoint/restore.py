@@ -14,6 +14,7 @@ from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantLinear, QuantN
 from ..nn.attention import check_call
 from ..nn.prefix import remove_prefix
 from ..nn.quantizer import quantize_output
+from ..nn.shift import remove_shift
 from ..plan import Plan
 
 logger = get_logger(__name__)
@@ -56,6 +57,7 @@ def restore_float(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Non
         if isinstance(module, QuantEmbedding) and hasattr(plain, "embed_scale"):
             plain.embed_scale.fill_(module.multiplier)
         model.set_submodule(path, plain)
+    remove_shift(model)
     if remove_prefix(model):
         logger.warning(
             f"the model read every text behind the tokens {list(plan.prefix)}, which a plain model has no cache for: "

@@ -112,6 +112,9 @@ class MobileQuantConfig(QuantizationConfigMixin):
             activations: True searches them, a number searches at most so many, a list of token ids is taken as it is,
             ``"auto"`` searches them where the model has massive activations and else does nothing, False does
             nothing. A finished checkpoint states the list, or False. See ``docs/prefix.md``.
+        key_shift: add a constant to the rotated keys of each layer, which attention does not see and which makes their
+            static range smaller; one addition at run time. A finished checkpoint states True or False. See
+            ``docs/transforms.md``.
         device: where to work, e.g. ``"cuda:0"``; None stays where the model is.
         backend: what the result, and a model loaded from it, computes with: ``"auto"``, ``"cpp"``, ``"onednn"``,
             ``"triton"``, ``"reference"`` or ``"simulate"``; see :func:`optimum_mobilequant.set_backend`.
@@ -196,6 +199,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
     gradient_checkpointing: bool | None = None
     teacher_dtype: str = "float32"
     prefix: bool | int | str | list[int] | tuple[int, ...] | None = None
+    key_shift: bool | None = None
     device: str | None = None
     backend: str = "auto"
     run_dir: str | PathLike[str] | None = None

@@ -141,6 +141,7 @@ _VALUE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "rounding_act_order",
             "untie",
             "bias_correction",
+            "key_shift",
         ),
         lambda v: isinstance(v, bool),
         "True or False",

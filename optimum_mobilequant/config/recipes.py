@@ -68,6 +68,7 @@ class Recipe:
         feature_steps: optimiser steps of ``"qad"`` on hidden states, before those on logits.
         prefix: tokens kept in the cache before every text: ``"auto"`` where the model has massive activations, or
             False for none.
+        key_shift: a constant is taken off the rotated keys, which attention does not see.
         summary: one line for ``--help`` and the documentation.
     """
 
@@ -112,6 +113,7 @@ class Recipe:
     token_share: float = 1.0
     feature_steps: int = 0
     prefix: str | bool = False
+    key_shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ RECIPES: dict[str, Recipe] = _table(
         summary="mobilequant, then the rounding of every weight learned end to end",
         rounding="learned",
         prefix="auto",
+        key_shift=True,
     ),
     replace(
         _MOBILEQUANT,
@@ -228,6 +231,7 @@ RECIPES: dict[str, Recipe] = _table(
         summary="best, then quantization-aware distillation that moves every weight",
         rounding="learned",
         prefix="auto",
+        key_shift=True,
         finetune="qad",
     ),
 )

@@ -73,6 +73,7 @@ class Settings:
     token_share: float
     finetune_ranges: bool
     prefix: bool | int | str | list[int]
+    key_shift: bool
     gradient_checkpointing: bool | None
     teacher_dtype: str
 

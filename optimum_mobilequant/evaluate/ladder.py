@@ -210,7 +210,8 @@ def mean_bits(model: PreTrainedModel) -> float:
 def extras(config: MobileQuantConfig) -> dict[str, Any]:
     """What a checkpoint needs at run time beyond an ordinary model of its architecture; empty for most."""
     tokens = config.prefix_ids()
-    return {"prefix slots": len(tokens)} if tokens else {}
+    shift = {"additions to keys": 1} if config.key_shift else {}
+    return {"prefix slots": len(tokens), **shift} if tokens else shift
 
 
 def added(below: Settings | None, here: Settings) -> list[str]:

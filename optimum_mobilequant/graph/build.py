@@ -94,15 +94,17 @@ class _Builder:
             split = self.move("split_heads", f"{name}.heads", (flat,), shape, heads=count)
             return self.norm(f"{attn}.{norm}", split, shape, factor) if norm else split
 
-        def rotate(name: str, source: str, count: int, factor: float) -> str:
+        def rotate(name: str, source: str, count: int, factor: float, *shift: str) -> str:
             shape = (BATCH, count, SEQUENCE, g.head_dim)
-            operands = (source, "position_cos", "position_sin")
+            operands = (source, "position_cos", "position_sin", *shift)
             return self.op(
                 "rope", name, operands, name, shape, name.rpartition(".")[2], factor, rotary_dims=g.rotary_dims
             )
 
+        added = self.source.key_shift(attn)
+        shift = () if added is None else (self.constant(f"{attn}.key_shift", added, "shift"),)
         query = rotate(f"{attn}.query_rotated", heads(f.query, g.heads, f.query_norm, fold), g.heads, fold)
-        key = rotate(f"{attn}.key_rotated", heads(f.key, g.kv_heads, f.key_norm, 1.0), g.kv_heads, 1.0)
+        key = rotate(f"{attn}.key_rotated", heads(f.key, g.kv_heads, f.key_norm, 1.0), g.kv_heads, 1.0, *shift)
         value = heads(f.value, g.kv_heads, None, 1.0)
         cached = (BATCH, g.kv_heads, TOTAL, g.head_dim)
         keys = self.move("concat", f"{attn}.key_cache", (f"past_key_{i}", key), cached)

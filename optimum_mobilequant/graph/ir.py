@@ -102,8 +102,8 @@ KINDS: dict[str, str] = {
     "linear": "(x [B,S,in], weight [out,in], bias [out]?) -> [B,S,out]",
     "split_heads": "(x [B,S,heads*D]) -> [B,heads,S,D]; attribute heads; moves data",
     "merge_heads": "(x [B,H,S,D]) -> [B,S,H*D]; moves data",
-    "rope": "(x [B,heads,S,D], cos [B,1,S,r/2], sin) -> [B,heads,S,D]; attribute rotary_dims r: the first r dims "
-    "rotate in pairs (i, i + r/2), the others pass",
+    "rope": "(x [B,heads,S,D], cos [B,1,S,r/2], sin, shift [heads,1,D]?) -> [B,heads,S,D]; attribute rotary_dims r: "
+    "the first r dims rotate in pairs (i, i + r/2), the others pass; the constant shift is added to all",
     "concat": "(past [B,K,P,D], new [B,K,S,D]) -> [B,K,T,D]; equal encodings; moves data",
     "scores": "(q [B,H,S,D], k [B,K,T,D]) -> [B,H,S,T]; attribute groups H/K; 1/sqrt(D) is folded into q's scales",
     "mask": "(scores [B,H,S,T], visible [B,1,S,T]) -> [B,H,S,T]; a hidden position gets the grid's lowest code",

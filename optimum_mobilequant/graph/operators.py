@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from ..numerics.integer import Multiplier, Operand, centred, integer_matmul, requantize, to_grid
-from ..numerics.integer_elementwise import look_up, lookup_table, rescaled_sum, rotate_pairs, shared_multipliers
+from ..numerics.integer_elementwise import (
+    look_up,
+    lookup_table,
+    rescaled_sum,
+    rotate_pairs,
+    shared_multipliers,
+    shift_step,
+)
 from ..numerics.integer_rows import ExpTables, NormConstants, integer_softmax, normalise
 from .ir import Encoding, Graph, Op
 
@@ -108,17 +115,33 @@ def _merge_heads(graph: Graph, op: Op) -> Function:
 
 
 def _rope(graph: Graph, op: Op) -> Function:
-    x, cos, sin = (Static(graph, name) for name in op.inputs)
+    x, cos, sin = (Static(graph, name) for name in op.inputs[:3])
     out, dims = Static(graph, op.output), int(op.attributes["rotary_dims"])
     multiplier = Multiplier.of(x.scale * 2.0**-14 / out.scale)
     if (cos.scale, sin.scale, cos.zero, sin.zero) != (2.0**-14, 2.0**-14, 0, 0):
         raise ValueError(f"the rotary tables of {op.name} are not on the Q1.14 grid")
+    shift = shift_of(graph, op)
 
     def run(codes: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned = rotate_pairs(x.centred(codes), cos.to(torch.int64), sin.to(torch.int64), dims)
+        turned = turned if shift is None else turned + shift
         return out.codes(requantize(turned, multiplier))
 
     return run
+
+
+def shift_of(graph: Graph, op: Op) -> Tensor | None:
+    """What a rotation adds, int64 ``[heads, 1, head_dim]`` in steps of its input times 2**14; None if it adds nothing.
+
+    Raises:
+        ValueError: the constant is not on the grid that belongs to the input's.
+    """
+    if len(op.inputs) == 3:
+        return None
+    x, shift = Static(graph, op.inputs[0]), Static(graph, op.inputs[3])
+    if shift.zero or shift.tensor != x.tensor * shift_step(x.grid.bits):
+        raise ValueError(f"the constant that {op.name} adds is not on a grid of its input's steps")
+    return graph.constants[op.inputs[3]]().to(torch.int64) << x.grid.bits
 
 
 def _concat(graph: Graph, op: Op) -> Function:

@@ -166,6 +166,9 @@ class QuantoSource:
         bias = getattr(self.model.get_submodule(path), "bias", None)
         return None if bias is None else Constant(tuple(bias.shape), None, lambda: bias.detach())
 
+    def key_shift(self, attention: str) -> Constant | None:
+        return None
+
     def table(self) -> Constant:
         module: Any = self.model.get_submodule(self.plan.family.embedding)
         factor = float(getattr(module, "scalar_embed_scale", 1.0))

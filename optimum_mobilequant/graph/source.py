@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.pack import bias_scale, input_of
 from ..nn import QuantActivation, QuantEmbedding, Quantizer, QuantNorm, QWeight
+from ..nn.shift import SHIFT_GRID, shift_scale
 from ..numerics import Grid, quantize
 from ..plan import Plan
 from .ir import Encoding
@@ -52,6 +53,9 @@ class TensorSource(Protocol):
 
     def bias(self, path: str, owner: str) -> Constant | None:
         """Bias of a linear or a norm, or None; ``owner`` is the module whose weight it uses."""
+
+    def key_shift(self, attention: str) -> Constant | None:
+        """Constant added to rotated keys, or None."""
 
     def table(self) -> Constant:
         """What the embedding returns for each token, on the encoding of its output."""
@@ -97,6 +101,16 @@ class CheckpointSource:
             return quantize(module.bias.detach().cpu(), encoding.scale, encoding.zero_point, _BIAS_GRID)
 
         return Constant(tuple(module.bias.shape), encoding, codes)
+
+    def key_shift(self, attention: str) -> Constant | None:
+        module = self.model.get_submodule(attention)
+        shift: Any = getattr(module, "key_shift", None)
+        if shift is None:
+            return None
+        scale = shift_scale(shift.rotated_from(module)).detach().cpu()
+        encoding = Encoding(scale, torch.zeros_like(scale, dtype=torch.int32), SHIFT_GRID)
+        heads, size = shift.codes.shape
+        return Constant((heads, 1, size), encoding, lambda: shift.codes[:, None].cpu())
 
     def table(self) -> Constant:
         path = self.plan.family.embedding

@@ -27,9 +27,9 @@ def quantized_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with every tensor rounded by the quantizers that ``swap`` hung on ``module``.
 
-    The cache holds keys before ``key_rotated`` rounds them and values that ``v_proj`` has rounded: rounding is
-    elementwise and static, so codes computed at each read equal codes stored once. A prefix (:mod:`.prefix`) stands
-    before them.
+    The cache holds keys before they are shifted (:mod:`.shift`) and ``key_rotated`` rounds them, and values that
+    ``v_proj`` has rounded: both are elementwise and static, so codes computed at each read equal codes stored once. A
+    prefix (:mod:`.prefix`) stands before them.
 
     Args:
         query: ``[batch, heads, q, head_dim]``. key, value: ``[batch, kv_heads, k, head_dim]``.
@@ -38,6 +38,8 @@ def quantized_attention(
     Returns:
         context ``[batch, q, heads, head_dim]`` and probabilities ``[batch, heads, q, k]`` (None while tuning on CPUs).
     """
+    if (shift := getattr(module, "key_shift", None)) is not None:
+        key = key + shift.value(module).to(key.dtype)
     query, key = module.query_rotated(query), module.key_rotated(key)
     if (prefix := getattr(module, "prefix", None)) is not None:
         key, value, attention_mask = prefix.before(module, key, value, attention_mask)

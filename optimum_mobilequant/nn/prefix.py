@@ -74,7 +74,7 @@ class TunablePrefix(Prefix):
     """The prefix of a student: the float model's keys and values, carried through the transforms at each use.
 
     Args:
-        key, value: float32 ``[kv_heads, length, head_dim]``, keys rotated; shared, never written.
+        key, value: float32 ``[kv_heads, length, head_dim]``, keys rotated and not shifted; shared, never written.
         value_path: path of the value projection from the attention.
         key_path: of what a transform of the keys changes: their norm, or the key projection.
     """
@@ -90,10 +90,11 @@ class TunablePrefix(Prefix):
     def floats(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         """Keys and values before rounding, ``[1, kv_heads, length, head_dim]`` each."""
         key, value = (
-            _carried(attention.get_submodule(path).weight, x)  # type: ignore[arg-type]
+            carried(attention.get_submodule(path).weight, x)  # type: ignore[arg-type]
             for path, x in zip(self.paths, self.sources, strict=True)
         )
-        return key[None], value[None]
+        shift: Any = getattr(attention, "key_shift", None)
+        return (key if shift is None else key + shift.value(attention))[None], value[None]
 
     def read(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         of_keys, of_values = self.quantizers(attention)
@@ -113,7 +114,7 @@ class TunablePrefix(Prefix):
         return codes[0], codes[1], clipped / count
 
 
-def _carried(weight: TunableWeight, x: Tensor) -> Tensor:
+def carried(weight: TunableWeight, x: Tensor) -> Tensor:
     """``x`` ``[kv_heads, length, head_dim]`` as the transformed weight would have made it."""
     heads, length, size = x.shape
     if len(weight.shape) == 1:  # the gain of a norm over the head, the same for all heads

@@ -14,11 +14,13 @@ from .modules import QuantActivation, QuantEmbedding, QuantLinear, QuantNorm, We
 from .prefix import Prefix, hang_prefix
 from .quantizer import Quantizer, quantize_output
 from .qweight import QWeight
+from .shift import KeyShift
 from .tunable import TunableBias, TunableWeight
 
 MakeWeight = Callable[[str, Tensor], Weight]
 MakeBias = Callable[[str, Tensor], "nn.Parameter | TunableBias"]
 MakePrefix = Callable[[str], Prefix]
+MakeShift = Callable[[str], KeyShift]
 
 
 def swap(
@@ -27,6 +29,7 @@ def swap(
     make_weight: MakeWeight,
     make_bias: MakeBias,
     make_prefix: MakePrefix | None = None,
+    make_shift: MakeShift | None = None,
 ) -> None:
     """Put a quantizer on every activation of the plan and a weight provider on every weight.
 
@@ -34,6 +37,7 @@ def swap(
         model: a transformers causal LM of ``plan.family``; its decoder is changed in place.
         make_weight: (module path, float weight) -> provider. make_bias: likewise for ``<module>.bias``.
         make_prefix: attention path -> its prefix; needed where the plan has one.
+        make_shift: attention path -> the constant added to its keys, where the plan has one and it is known by now.
 
     Raises:
         RuntimeError: the plan and the model do not cover each other.
@@ -98,13 +102,15 @@ def swap(
             norm(path)
         path = f.layer(i, f.activation)
         model.set_submodule(path, QuantActivation(model.get_submodule(path), quantizer(f"{path}.output")))
-        attn = model.get_submodule(f.layer(i, f.attention))
+        attn: Any = model.get_submodule(f.layer(i, f.attention))
         for name in ("query_rotated", "key_rotated", "scores", "probabilities", "context"):
             setattr(attn, name, quantizer(f"{f.layer(i, f.attention)}.{name}"))
         attn.register_forward_pre_hook(attention.check_call, with_kwargs=True)
         layer: Any = model.get_submodule(f.layer(i))
         layer.output = quantizer(f"{f.layer(i)}.output")
         layer.register_forward_hook(quantize_output)
+        if plan.key_shift and make_shift is not None:
+            attn.key_shift = make_shift(f.layer(i, f.attention))
     if plan.prefix:
         assert make_prefix is not None
         paths = [f.layer(i, f.attention) for i in range(geometry.layers)]
@@ -135,7 +141,7 @@ def refuse_uncovered(model: nn.Module, plan: Plan) -> None:
         RuntimeError: names the float modules left, whose tensors a converter would encode by itself.
     """
     modules = (QuantLinear, QuantNorm, QuantEmbedding, QuantActivation, Quantizer)
-    ours = (*modules, QWeight, FormatWeight, TunableWeight, TunableBias, Prefix)
+    ours = (*modules, QWeight, FormatWeight, TunableWeight, TunableBias, Prefix, KeyShift)
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, ours))
     left = []
     for name, module in model.named_modules():

@@ -24,8 +24,17 @@ def rescaled_sum(a: Tensor, b: Tensor, multipliers: tuple[int, int, int]) -> Ten
     return rounding_shift(a * first + b * second, shift)
 
 
+def shift_step(bits: int) -> float:
+    """Step of a constant that is added behind a rotation, in steps of the rotated tensor, which has 8 or 16 bits.
+
+    A rotated value is at most sqrt(2) 2**bits steps from 0, so 16-bit codes of this step hold any of them.
+    """
+    return 2.0 ** (bits - 14)
+
+
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dims: int) -> Tensor:
-    """Rotary embedding on Q1.14 tables: int64, values times 2**14.
+    """Rotary embedding on Q1.14 tables: int64, values times 2**14. A shift's codes in these units are
+    ``codes << bits of x`` (:func:`shift_step`).
 
     Args:
         x: int64 ``[..., head_dim]``, centred. cos, sin: int64 ``[..., dims / 2]``.

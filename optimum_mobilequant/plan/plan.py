@@ -67,6 +67,7 @@ class Plan:
         weights: name of the module that owns the weight -> spec.
         moves: tensors that only move data -> the activation (or the int32 accumulator) whose encoding they carry.
         prefix: ids of the tokens whose keys and values stand in the cache before every text.
+        key_shift: a constant is added to the rotated keys of each layer (``nn.shift``).
     """
 
     family: Family
@@ -75,6 +76,7 @@ class Plan:
     weights: Mapping[str, WeightSpec]
     moves: Mapping[str, str]
     prefix: tuple[int, ...] = ()
+    key_shift: bool = False
 
 
 def refuse_formats(plan: Plan) -> None:
@@ -99,13 +101,15 @@ def build_plan(
     scheme: Scheme,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     prefix: Sequence[int] = (),
+    *,
+    key_shift: bool = False,
 ) -> Plan:
     """Lay the scheme over the architecture, then apply the overrides.
 
     Args:
         overrides: fnmatch pattern of a module or tensor name -> ``{"bits": 8|16}`` for activations and
             ``{"weight_bits", "weight_symmetric", "weight_granularity"}`` for weights; later patterns win.
-        prefix: ids of the prefix tokens.
+        prefix: ids of the prefix tokens. key_shift: whether rotated keys get a constant.
 
     Raises:
         ValueError: a pattern matches nothing, or changes a tensor that cannot be changed, or tells a tied head apart
@@ -188,7 +192,7 @@ def build_plan(
             f"{f.head} reads the table of {f.embedding} (tied weights), so the two cannot differ: "
             f"override the weights of both alike"
         )
-    return Plan(family, geometry, activations, weights, moves, tuple(prefix))
+    return Plan(family, geometry, activations, weights, moves, tuple(prefix), key_shift)
 
 
 def _refuse_groups(weights: Mapping[str, WeightSpec]) -> None:

@@ -281,7 +281,8 @@ def prepare(
     refuse_unmergeable(model, family, geometry, settings.transforms, settings.rotate)
     if settings.bias_correction:
         correctable(model, family)
-    plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides)
+    config.key_shift = settings.key_shift
+    plan = build_plan(family, geometry, config.resolve_scheme(), config.overrides, key_shift=settings.key_shift)
     if config.target is not None:
         from ..exporters.targets import TARGETS, check_plan
 

@@ -187,6 +187,8 @@ def check_operations(graph: Graph, plan: Plan) -> None:
         NotFused: names the operations that it does not know.
     """
     layers, f = plan.geometry.layers, plan.family
+    if any(op.kind == "rope" and len(op.inputs) > 3 for op in graph.ops):
+        raise NotFused("keys are shifted")
     expected = Counter({kind: count * layers for kind, count in _OPERATIONS.items()})
     expected.update(embedding=1, norm=1 + 2 * layers * (f.query_norm is not None), linear=1)
     found = Counter(op.kind for op in graph.ops)

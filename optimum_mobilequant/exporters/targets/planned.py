@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ...graph.ir import Encoding
 from ...graph.source import Constant
+from ...nn.shift import SHIFT_GRID
 from ...numerics import Grid
 from ...numerics.groups import groups_of
 from ...plan import Plan
@@ -43,6 +44,12 @@ class PlannedTensors:
             return None
         shape = tuple(module.bias.shape)
         return _nothing(shape, _encoding(Grid(32, signed=True), shape[0], 0))
+
+    def key_shift(self, attention: str) -> Constant | None:
+        if not self.plan.key_shift:
+            return None
+        g = self.plan.geometry
+        return _nothing((g.kv_heads, 1, g.head_dim), _encoding(SHIFT_GRID, None, 0))
 
     def table(self) -> Constant:
         path = self.plan.family.embedding
