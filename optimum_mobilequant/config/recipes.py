@@ -220,7 +220,7 @@ RECIPES: dict[str, Recipe] = _table(
     replace(
         _MOBILEQUANT,
         name="best",
-        summary="mobilequant, then the rounding of every weight learned end to end",
+        summary="mobilequant with shifted keys, then the rounding of every weight learned end to end",
         rounding="learned",
         prefix="auto",
         key_shift=True,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph.ir import Graph, Op
-from ..graph.operators import Static, encoding_of
+from ..graph.operators import Static, encoding_of, shift_of
 from ..kernels import LinearSpec, Output, cpp
 from ..kernels.reference import pack_multiplier
 from ..kernels.spec import Weights
@@ -187,8 +187,6 @@ def check_operations(graph: Graph, plan: Plan) -> None:
         NotFused: names the operations that it does not know.
     """
     layers, f = plan.geometry.layers, plan.family
-    if any(op.kind == "rope" and len(op.inputs) > 3 for op in graph.ops):
-        raise NotFused("keys are shifted")
     expected = Counter({kind: count * layers for kind, count in _OPERATIONS.items()})
     expected.update(embedding=1, norm=1 + 2 * layers * (f.query_norm is not None), linear=1)
     found = Counter(op.kind for op in graph.ops)
@@ -241,6 +239,8 @@ def layer_block(graph: Graph, plan: Plan, index: int, producers: Mapping[str, Op
         raise NotFused("a KV cache of 16 bits")
     _rotation(block, "query", graph, made(f"{attn}.query_rotated"))
     _rotation(block, "key", graph, made(f"{attn}.key_rotated"))
+    shift = shift_of(graph, made(f"{attn}.key_rotated"))
+    block.put("key", addend=None if shift is None else shift.to(torch.int32))  # codes of 16 bits by up to 2**16
     block.put("", query_planes=query.grid.bits // 8, value_zero=value.zero)
     scores, masked = Static(graph, f"{attn}.scores"), Static(graph, f"{attn}.masked_scores")
     probabilities, context = Static(graph, f"{attn}.probabilities"), Static(graph, f"{attn}.context")

@@ -15,7 +15,7 @@ from ..plan import Plan
 from .blocks import NotFused, table_of
 from .cache import PlainCacheLayer
 from .layer import LayerKernel
-from .steps import Attention, Norm, Product, Range, look_up
+from .steps import Attention, Norm, Product, Range, added_steps, look_up
 
 _PRODUCTS = ("qkv", "proj", "gate_up", "down")
 
@@ -63,7 +63,7 @@ class StepLayer(LayerKernel):
             raise NotFused("a KV cache of 16 bits")
         self.attention = Attention(
             query, key, value, scores, probabilities, context, g.rotary_dims // 2, head_norm(f.query_norm),
-            head_norm(f.key_norm),
+            head_norm(f.key_norm), added_steps(graph, producers[f"{attention}.key_rotated"]),
         )  # fmt: skip
         self.middle, self.out = grid(f"{f.layer(index, f.mlp_norm)}.input"), grid(f"{root}.output")
         product = producers[f"{f.layer(index, f.down)}.input"]
@@ -111,7 +111,7 @@ class StepLayer(LayerKernel):
         query, key, value = (t.unflatten(-1, (heads, self.head_dim)).transpose(1, 2) for t, heads in parts)
         grids = self.qkv.parts
         query = k.rotated(query, k.query_norm, grids[0], k.query, cos, sin)
-        key = k.rotated(key, k.key_norm, grids[1], k.key, cos, sin)
+        key = k.rotated(key, k.key_norm, grids[1], k.key, cos, sin, k.shift)
         held.append(key.add_(k.key.zero - 128), value + (k.value.zero - 128))
         return k.attend(query, *held.held(), mask)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph.ir import Graph, Op
-from ..graph.operators import Static, encoding_of
+from ..graph.operators import Static, encoding_of, shift_of
 from ..kernels import LinearSpec, Output, onednn
 from ..numerics import Grid
 from .blocks import NotFused
@@ -141,7 +141,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """Encodings of one attention."""
+    """Encodings of one attention.
+
+    Args:
+        shift: float32 ``[kv_heads, 1, dims]``, steps that are added to rotated keys; or None.
+    """
 
     query: Range
     key: Range
@@ -152,9 +156,19 @@ class Attention:
     half: int
     query_norm: Norm | None
     key_norm: Norm | None
+    shift: Tensor | None
 
-    def rotated(self, x: Tensor, norm: Norm | None, source: Range, out: Range, cos: Tensor, sin: Tensor) -> Tensor:
-        """Steps of heads ``[batch, heads, sequence, dims]``, rotated and rounded."""
+    def rotated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        source: Range,
+        out: Range,
+        cos: Tensor,
+        sin: Tensor,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Steps of heads ``[batch, heads, sequence, dims]``, rotated, shifted and rounded."""
         if norm is not None:
             x, source = norm.out.round_(norm(x)), norm.out
         factor, half = source.scale / out.scale, self.half
@@ -164,7 +178,7 @@ class Attention:
             swapped.append(x[..., 2 * half :])
             cos, sin = F.pad(cos, (0, still), value=factor), F.pad(sin, (0, still))
         turned = (x * cos).addcmul_(torch.cat(swapped, -1), sin)
-        return out.round_(turned)
+        return out.round_(turned if shift is None else turned.add_(shift))
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Context codes, uint8 ``[batch, sequence, heads * dims]``.
@@ -203,6 +217,14 @@ class Attention:
         shares = torch.softmax(scores, -1).mul_(1 / self.probabilities.scale)
         shares = self.probabilities.round_(shares).view(batch, key.shape[1], -1, key.shape[3])
         return torch.matmul(shares, value).view(batch, heads, rows, dims)
+
+
+def added_steps(graph: Graph, op: Op) -> Tensor | None:
+    """What a rotation adds, float32 ``[heads, 1, dims]`` in steps of its output; None if it adds nothing."""
+    if (shift := shift_of(graph, op)) is None:
+        return None
+    scale = Static(graph, op.inputs[0]).scale * 2.0**-14 / Static(graph, op.output).scale
+    return (shift.double() * scale).float()
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

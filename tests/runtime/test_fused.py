@@ -11,6 +11,7 @@ from optimum_mobilequant.graph import build as build_module
 from optimum_mobilequant.graph.executor import IntegerExecutor
 from optimum_mobilequant.graph.ir import Op
 from optimum_mobilequant.kernels import cpp
+from optimum_mobilequant.nn.shift import PackedShift
 from optimum_mobilequant.plan import PRESETS
 from optimum_mobilequant.runtime import backend_of, served, simulated
 from tests.compiling import compiled
@@ -21,6 +22,9 @@ pytestmark = pytest.mark.skipif(bool(cpp.available()), reason=f"compiled kernels
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CASES = [(v, p) for v in FAMILIES for p in ("w8a8", "w4a8")] + [("llama-gqa", p) for p in PRESETS]
 CASES += [("llama-bias", "w8a8"), ("llama-mqa", "w4a8-asym"), ("stablelm", "w8a16"), ("qwen3", "w8a8-full")]
+SHIFT = {"key_shift": True}
+# Of keys that get a constant: grouped heads, dimensions that do not rotate, norms over heads, keys of 16 bits before.
+SHIFTED = [("llama-gqa", "w4a8"), ("stablelm", "w8a8"), ("qwen3", "w8a8"), ("qwen3", "w4a16"), ("stablelm", "w8a16")]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,32 @@ def executed(model, ids):
     return executor.dequantize(executor.graph.outputs[0], executor.forward(ids).logits)
 
 
+def with_random_shifts(model, seed=0):
+    """A copy whose keys get other constants: of their size, different in each head, and two that saturate them."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, PackedShift):
+            # 2**13 stands for half the range of what is rotated.
+            module.codes.copy_(torch.randint(-(2**11), 2**11, module.codes.shape, generator=generator))
+            module.codes[0, 1], module.codes[-1, -1] = -(2**15), 2**15 - 1
+    set_backend(model, backend_of(model))
+    return model
+
+
+@torch.no_grad()
+def key_steps(model, ids):
+    """Steps by which the cached keys differ from the executor's, int32 ``[layers, batch, kv_heads, length, dims]``.
+
+    Attention does not see a constant, so logits alone would show a wrong one by its rounding only.
+    """
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    expected = torch.stack([key.int() for key, _ in IntegerExecutor.of(model).forward(ids).past])
+    inside = (expected > 0) & (expected < 255)
+    assert inside.float().mean() > 0.3 and not inside[:, :, 0, :, 1].any() and not inside[:, :, -1, :, -1].any()
+    return torch.stack([layer.codes()[0].int() for layer in cache.layers]) - expected
+
+
 def is_fused(model):
     return [layer.operator.endswith("fused") for layer in served(model)] == [True] * (len(served(model)) - 1) + [False]
 
@@ -52,12 +82,28 @@ def test_logits_are_the_executors(quantized, variant, preset):
     assert torch.equal(logits_of(model), executed(model, probe_ids()))
 
 
+@pytest.mark.parametrize(("variant", "preset"), SHIFTED)
+def test_shifted_keys_are_the_executors(quantized, variant, preset):
+    model = quantized(variant, preset, key_shift=True)
+    assert is_fused(model) and torch.equal(logits_of(model), executed(model, probe_ids()))
+    other = with_random_shifts(model)
+    assert is_fused(other) and not key_steps(other, probe_ids()).any()
+    found = logits_of(other)
+    assert torch.equal(found, executed(other, probe_ids()))
+    with simulated(other):
+        expected = logits_of(other)
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("isa", library().instruction_sets if not cpp.available() else [])
-def test_every_instruction_set(quantized, isa, monkeypatch):
-    model = quantized("llama-gqa", "w4a8-asym")
+@pytest.mark.parametrize(("preset", "options"), [("w4a8-asym", {}), ("w8a8", SHIFT), ("w4a16", SHIFT)])
+def test_every_instruction_set(quantized, preset, options, isa, monkeypatch):
+    model = quantized("llama-gqa", preset, **options)
     expected = executed(model, probe_ids())
     monkeypatch.setattr(cpp, "library", lambda: library(isa))
     assert torch.equal(logits_of(model), expected)
+    if options:
+        assert not key_steps(with_random_shifts(model), probe_ids()).any()
 
 
 def test_a_changed_constant_changes_the_result(quantized):
@@ -84,7 +130,7 @@ def test_a_graph_with_an_unknown_operation_is_not_fused(quantized, monkeypatch):
     assert logits_of(model).shape == (2, 12, 96)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix": [1, 7, 9]}], ids=["plain", "prefix"])
+@pytest.mark.parametrize("options", [{}, {"prefix": [1, 7, 9], "key_shift": True}], ids=["plain", "prefix"])
 def test_every_way_to_generate_gives_the_executors_tokens(quantized, options):
     model, ids = quantized("qwen3", "w8a8", **options), probe_ids(length=6)
     expected = IntegerExecutor.of(model).generate(ids, 8)

@@ -13,7 +13,7 @@ from optimum_mobilequant.kernels import cpp, onednn, registry
 from optimum_mobilequant.runtime import backend, served, simulated
 from optimum_mobilequant.runtime.step_layer import StepLayer
 from tests.compiling import compiled
-from tests.runtime.test_fused import GREEDY, executed
+from tests.runtime.test_fused import GREEDY, executed, key_steps, with_random_shifts
 from tests.tiny import FAMILIES, build, config, logits_of, probe_ids
 
 pytestmark = pytest.mark.skipif(bool(onednn.available()), reason=f"onednn: {onednn.available()}")
@@ -67,7 +67,17 @@ def test_a_changed_table_changes_the_result(quantized):
     assert (logits_of(model) - expected).norm() > 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix": [1, 7, 9]}], ids=["plain", "prefix"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "stablelm", "qwen3"])
+def test_shifted_keys_are_the_executors_but_for_single_steps(quantized, variant):
+    model = with_random_shifts(quantized(variant, key_shift=True))
+    assert len(layers_of(model)) == 2
+    steps = key_steps(model, probe_ids())
+    assert steps.abs().max() <= 1 and steps.count_nonzero() < 0.01 * steps.numel()
+    found, expected = logits_of(model), executed(model, probe_ids())
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix": [1, 7, 9], "key_shift": True}], ids=["plain", "prefix"])
 def test_every_way_to_generate_gives_the_same_tokens(quantized, options):
     model, ids = quantized("qwen3", "w4a8", **options), probe_ids(length=6)
     expected = model.generate(ids, use_cache=False, **GREEDY)

@@ -22,7 +22,7 @@ namespace {
 #define MQ_FIELDS(F)                                                                                                \
   F(hidden) F(heads) F(kv_heads) F(dims) F(half) F(mlp) F(scales) F(in_zero) F(in_qmax)                              \
   MQ_NORM(F, norm1) MQ_LINEAR(F, qkv) F(has_head_norms) MQ_NORM(F, query_norm) MQ_NORM(F, key_norm)                  \
-  MQ_ROTATION(F, query) F(query_planes) MQ_ROTATION(F, key) F(value_zero)                                            \
+  MQ_ROTATION(F, query) F(query_planes) MQ_ROTATION(F, key) F(key_addend) F(value_zero)                              \
   F(score_mantissa) F(score_shift) F(score_zero) F(score_qmax) F(score_move) F(exp_high) F(exp_low)                  \
   F(probability_qmax) F(context_mantissa) F(context_shift) F(context_zero) F(context_qmax)                           \
   MQ_LINEAR(F, proj) F(sum1_first) F(sum1_second) F(sum1_shift) F(middle_zero) F(middle_qmax)                        \
@@ -185,8 +185,8 @@ int run_layer(const LayerCall& c, const Isa& isa, int threads) {
   });
   if (linear(block, qkv, c.qkv, x, rows, isa, threads, steps)) return 1;
 
-  const Rotation query_rotation{f.dims, f.half, f.query_mantissa, f.query_shift, f.query_zero, f.query_qmax};
-  const Rotation key_rotation{f.dims, f.half, f.key_mantissa, f.key_shift, f.key_zero, f.key_qmax};
+  const Rotation query_rotation{f.dims, f.half, f.query_mantissa, f.query_shift, f.query_zero, f.query_qmax, nullptr};
+  const int32_t* addend = at<int32_t>(block, f.key_addend);
   const Norm query_norm = norm_of(block, *reinterpret_cast<const NormFields*>(&f.query_norm_width));
   const Norm key_norm = norm_of(block, *reinterpret_cast<const NormFields*>(&f.key_norm_width));
   const int64_t panels = (f.dims + kPanel - 1) / kPanel, plane = query_rows * dims4;
@@ -216,6 +216,8 @@ int run_layer(const LayerCall& c, const Isa& isa, int threads) {
       int8_t* keys = c.keys + task * c.capacity * dims4;
       int32_t* key_sums = c.key_sums + task * c.capacity;
       int8_t* values = c.values + task * panels * c.capacity * kPanel;
+      const Rotation key_rotation{f.dims, f.half, f.key_mantissa, f.key_shift, f.key_zero, f.key_qmax,
+                                  addend ? addend + kv * f.dims : nullptr};
       for (int64_t s = 0; s < c.sequence; ++s) {
         const int64_t r = batch * c.sequence + s, t = c.past + s;
         const int32_t* row = steps + r * wide;

@@ -70,6 +70,7 @@ struct Sum {
 struct Rotation {
   int64_t dims, half;  // of a head; pairs (i, i + half) with i < half rotate, the others pass
   int64_t mantissa, shift, zero_point, qmax;
+  const int32_t* addend;  // [dims], added to what is rotated, in steps times 2^14; or null
 };
 
 // Attention of one layer. Codes of keys and values are kept less 128, as the right operands of byte products.

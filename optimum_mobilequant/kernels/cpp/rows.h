@@ -181,27 +181,43 @@ void product_row(const int32_t* table, int64_t gate_zero, int64_t mantissa, int6
   }
 }
 
-void head_row(const Rotation& k, const int32_t* x, const int32_t* cos, const int32_t* sin, int32_t* codes) {
+template <bool kAdds>
+void rotated_row(const Rotation& k, const int32_t* x, const int32_t* cos, const int32_t* sin, int32_t* codes) {
+  const int32_t* addend = k.addend;
   const int64_t half = k.half, low = -k.zero_point, high = k.qmax - k.zero_point;
   const int32_t zero = static_cast<int32_t>(k.zero_point);
   if (kDoubles) {
     const double factor = factor_of(k.mantissa, k.shift);
     const int32_t least = static_cast<int32_t>(low), most = static_cast<int32_t>(high);
     int64_t ties = 0;
-    for (int64_t i = 0; i < half; ++i) {  // sums of two 31-bit products, exact
+    for (int64_t i = 0; i < half; ++i) {  // sums of two 31-bit products and 32 bits, exact
       const double a = x[i], b = x[half + i], c = cos[i], s = sin[i];
-      codes[i] = clamped32(nearest((a * c - b * s) * factor, &ties), least, most) + zero;
-      codes[half + i] = clamped32(nearest((b * c + a * s) * factor, &ties), least, most) + zero;
+      double first = a * c - b * s, second = b * c + a * s;
+      if (kAdds) first += addend[i], second += addend[half + i];
+      codes[i] = clamped32(nearest(first * factor, &ties), least, most) + zero;
+      codes[half + i] = clamped32(nearest(second * factor, &ties), least, most) + zero;
     }
-    for (int64_t i = 2 * half; i < k.dims; ++i)
-      codes[i] = clamped32(nearest(static_cast<double>(x[i]) * 16384.0 * factor, &ties), least, most) + zero;
+    for (int64_t i = 2 * half; i < k.dims; ++i) {
+      double value = static_cast<double>(x[i]) * 16384.0;
+      if (kAdds) value += addend[i];
+      codes[i] = clamped32(nearest(value * factor, &ties), least, most) + zero;
+    }
     if (!ties) return;
   }
+  // With an addend the sum has up to 33 bits, whose product with a mantissa and what rounds it can leave int64.
+  auto code = [&](int64_t value) {
+    if (kAdds) return clamped(requantize_wide(value, k.mantissa, k.shift), low, high) + zero;
+    return clamped(rounding_shift(value * k.mantissa, k.shift), low, high) + zero;
+  };
   for (int64_t i = 0; i < half; ++i) {
     const int64_t a = x[i], b = x[half + i];
-    codes[i] = clamped(rounding_shift((a * cos[i] - b * sin[i]) * k.mantissa, k.shift), low, high) + zero;
-    codes[half + i] = clamped(rounding_shift((b * cos[i] + a * sin[i]) * k.mantissa, k.shift), low, high) + zero;
+    codes[i] = code(a * cos[i] - b * sin[i] + (kAdds ? addend[i] : 0));
+    codes[half + i] = code(b * cos[i] + a * sin[i] + (kAdds ? addend[half + i] : 0));
   }
   for (int64_t i = 2 * half; i < k.dims; ++i)
-    codes[i] = clamped(rounding_shift((static_cast<int64_t>(x[i]) << 14) * k.mantissa, k.shift), low, high) + zero;
+    codes[i] = code(static_cast<int64_t>(x[i]) * 16384 + (kAdds ? addend[i] : 0));
+}
+
+void head_row(const Rotation& k, const int32_t* x, const int32_t* cos, const int32_t* sin, int32_t* codes) {
+  k.addend ? rotated_row<true>(k, x, cos, sin, codes) : rotated_row<false>(k, x, cos, sin, codes);
 }
