@@ -239,7 +239,7 @@ RECIPES: dict[str, Recipe] = _table(
 EFFORTS: dict[str, Effort] = _table(
     Effort("none", "calibrate and transform, train nothing", "mobilequant", 64, 256, 8, 0, 0, 0),
     Effort("light", "a first look", "mobilequant", 128, 256, 8, 60, 60, 20, finetune_steps=60),
-    Effort("default", "the usual trade", "best", 320, 256, 8, 200, 200, 25, finetune_steps=800),
+    Effort("default", "the usual trade", "best", 320, 256, 8, 200, 200, 25, finetune_steps=400),
     Effort(
         "best",
         "when the result matters more than the wait",
@@ -250,6 +250,6 @@ EFFORTS: dict[str, Effort] = _table(
         160,
         240,
         40,
-        finetune_steps=800,
+        finetune_steps=400,
     ),
 )
