@@ -58,27 +58,25 @@ class Case:
 
 CASES = (
     Case("qad"),
-    Case("400 steps", {"finetune_steps": 400}),
-    Case("400 steps, calibration text", {"finetune_steps": 400, "finetune_dataset": "calibration"}),
-    Case("400 steps, no pieces", {"finetune_steps": 400}, pieces=0),
-    Case("400 steps, all from pieces", {"finetune_steps": 400}, pieces=1),
-    Case("400 steps, scales", {"finetune_steps": 400, "recipe": "best", "finetune": "scales"}),
-    Case("400 steps, low rank", {"finetune_steps": 400, "adapter_rank": 32}),
-    Case("400 steps, low rank, higher rate", {"finetune_steps": 400, "adapter_rank": 32, "lr_adapters": 2e-3}),
-    Case("400 steps, calibration text, cross-entropy 0.2", {
-        "finetune_steps": 400, "finetune_dataset": "calibration", "cross_entropy": 0.2,
-    }),
+    Case("800 steps", {"finetune_steps": 800}),
     Case("calibration text", {"finetune_dataset": "calibration"}),
+    Case("no pieces", pieces=0),
+    Case("all from pieces", pieces=1),
+    Case("scales", {"recipe": "best", "finetune": "scales"}),
+    Case("low rank", {"adapter_rank": 32}),
+    Case("low rank, higher rate", {"adapter_rank": 32, "lr_adapters": 2e-3}),
+    Case("calibration text, cross-entropy 0.2", {"finetune_dataset": "calibration", "cross_entropy": 0.2}),
+    Case("800 steps, calibration text", {"finetune_steps": 800, "finetune_dataset": "calibration"}),
     Case("1600 steps", {"finetune_steps": 1600}),
     # For --preset w8a8, whose steps are sixteen times finer.
-    *(Case(f"finer grid, offsets at {rate}", {"finetune_steps": 400, "lr_offsets": rate}) for rate in (0.05, 0.16)),
+    *(Case(f"finer grid, offsets at {rate}", {"lr_offsets": rate}) for rate in (0.05, 0.16)),
 )  # fmt: skip
 
 
 def main() -> None:
     args = parse_args()
     models, texts = models_of(args)
-    settings = {name: getattr(args, name) for name in ("effort", "seq_len", "quick", "other_chars")}
+    settings = {name: getattr(args, name) for name in ("effort", "seq_len", "quick", "other_chars", "key_shift")}
     table = Table(args.out, settings, append=args.append, keys=KEYS, header=HEADER, cells=cells)
     for name, folder in models.items():
         if not args.only or name in args.only:
@@ -97,6 +95,9 @@ class Measured(Subject):
         if token_ids(self.float, self.tokenizer, self.other).numel() < args.seq_len:
             self.other = ""  # the evaluation text reaches to the end of its source
         self.reference = self.score(self.float), self.score_other(self.float)
+
+    def config(self, preset: str, seed: int, chosen: dict[str, Any]) -> MobileQuantConfig:
+        return super().config(preset, seed, chosen if self.args.key_shift else {**chosen, "key_shift": False})
 
     def score_other(self, model: PreTrainedModel) -> float | None:
         options: dict[str, Any] = {"seq_len": self.args.seq_len, "progress": False}
@@ -239,6 +240,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="measure only these models")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", help="of the cases behind it, with wildcards")
+    parser.add_argument("--no-key-shift", dest="key_shift", action="store_false", help="key_shift=False in all cases")
     parser.add_argument("--other-chars", type=int, default=300_000)
     args = checked(parser)
     args.wants = lambda case: not args.cases or any(fnmatch(case, pattern) for pattern in args.cases)

@@ -19,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import MobileQuantConfig
 from ..hf_quantizer import METHOD, plan_of, sentinel_key
+from ..nn.shift import SHIFT_GRID
 from ..numerics import Grid
+from ..numerics.integer_elementwise import shift_step
 from ..plan import ActivationSpec, Plan, WeightSpec
 from . import check_files, skeleton
-from .pack import bias_scale, input_of
+from .pack import bias_scale, input_of, key_path
 from .reader import TensorReader
 
 _COLUMNS = ("tensor", "role", "bits", "scale", "zero_point", "min", "max", "bytes")
@@ -34,10 +36,10 @@ class Inspection:
 
     Attributes:
         rows: one dict for each tensor of the integer graph, activations first, in the order of the data flow. Keys:
-            ``tensor``, ``kind`` (activation, weight, bias or prefix), ``role``, ``bits``; ``scale`` and ``zero_point``
-            (one number, or [smallest, largest] over the channels; None for a LayerNorm's bias, which has no grid of
-            its own); ``min`` and ``max``, the ends of what the integers can represent (of a bias: of what they
-            hold); ``bytes`` in the file.
+            ``tensor``, ``kind`` (activation, weight, bias, prefix or shift), ``role``, ``bits``; ``scale`` and
+            ``zero_point`` (one number, or [smallest, largest] over the channels; None for a LayerNorm's bias, which
+            has no grid of its own); ``min`` and ``max``, the ends of what the integers can represent (of a bias: of
+            what they hold); ``bytes`` in the file.
         moves: tensors that only move data -> the tensor whose encoding they carry.
         totals: counts by kind; ``parameters`` and ``bits_per_parameter`` (weights and biases with their scales);
             ``bytes`` (all tensors) and ``file_bytes`` (the safetensors files with their headers).
@@ -94,7 +96,7 @@ def inspect_checkpoint(path: str | PathLike[str]) -> Inspection:
         else:
             rows.append(_weight_row(spec, reader))
     rows += [_bias_row(name, model, plan, reader) for name in plan.weights if f"{name}.bias" in reader.keys]
-    rows += _prefix_rows(plan, reader)
+    rows += _prefix_rows(plan, reader) + _shift_rows(plan, reader)
     reader.taken |= {f"{plan.family.embedding}.dtype_anchor", sentinel_key(plan)}  # they hold nothing
     if left := sorted(reader.keys - reader.taken):
         raise ValueError(f"{len(left)} stored tensors have no place in the plan, e.g. {', '.join(left[:4])}")
@@ -214,6 +216,20 @@ def _prefix_rows(plan: Plan, reader: _Reader) -> list[dict[str, Any]]:
     return rows
 
 
+def _shift_rows(plan: Plan, reader: _Reader) -> list[dict[str, Any]]:
+    """Constants added to rotated keys, on a grid of the steps of what is rotated."""
+    f, rows = plan.family, []
+    for i in range(plan.geometry.layers if plan.key_shift else 0):
+        attention = f.layer(i, f.attention)
+        name, spec = f"{attention}.key_shift.codes", plan.activations[f"{attention}.{key_path(plan)}.output"]
+        reader.taken.add(name)
+        scale = reader.tensor(f"{spec.name}.scale") * shift_step(spec.bits)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        names = (name.removesuffix(".codes"), "shift", "key_rotated")
+        rows.append(_row(names, scale, zero_point, SHIFT_GRID, reader.bytes_of(name)))
+    return rows
+
+
 def _row(names: tuple[str, str, str], scale: Tensor, zero_point: Tensor, grid: Grid, stored: int) -> dict[str, Any]:
     """The row of a tensor called (name, kind, role); raises ValueError if it has no valid encoding."""
     name, kind, role = names
@@ -247,7 +263,11 @@ def _totals(rows: list[dict[str, Any]], model: PreTrainedModel, reader: _Reader)
         "activations": kinds.count("activation"),
         "weights": kinds.count("weight"),
         "biases": kinds.count("bias"),
-        **({"prefix_bytes": sum(r["bytes"] for r in rows if r["kind"] == "prefix")} if "prefix" in kinds else {}),
+        **{
+            f"{kind}_bytes": sum(row["bytes"] for row in rows if row["kind"] == kind)
+            for kind in ("prefix", "shift")
+            if kind in kinds
+        },
         "parameters": parameters,
         "bits_per_parameter": 8 * sum(row["bytes"] for row in constants) / parameters,
         "bytes": reader.total_bytes,

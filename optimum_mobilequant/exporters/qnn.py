@@ -119,7 +119,8 @@ def write_all_encodings(
     encodings, coverage = {}, {}
     for name, graph in emitted.items():
         encodings[name] = tensor_encodings(graph.records)
-        rounded = {record.name for record in graph.records.values() if record.origin == "plan"}
+        # A shifted rotation joins its parts, of which some did not turn, on a grid of its own.
+        rounded = {record.name for record in graph.records.values() if record.origin in ("plan", "derived")}
         coverage[name] = check_coverage(graph.model, encodings[name], rounded=rounded)
         write_encodings(encodings[name], out / f"{name}.aimet" / ENCODINGS, version)
     return encodings, coverage

@@ -85,12 +85,9 @@ def _bits(facts: Facts) -> str:
         roles = found.setdefault((row["kind"], row["bits"]), [])
         if row["role"] not in roles:
             roles.append(row["role"])
-    kinds = ("weight", "bias", "activation", "prefix")
-    order = sorted(found, key=lambda key: (kinds.index(key[0]), key[1]))
-    rows = [
-        (f"{'biases' if kind == 'bias' else f'{kind}s'}, {bits} bits", ", ".join(found[kind, bits]))
-        for kind, bits in order
-    ]
+    kinds = {"weight": "weights", "bias": "biases", "activation": "activations", "prefix": "prefix", "shift": "shifts"}
+    order = sorted(found, key=lambda key: (list(kinds).index(key[0]), key[1]))
+    rows = [(f"{kinds[kind]}, {bits} bits", ", ".join(found[kind, bits])) for kind, bits in order]
     return _table(("integers", "tensors"), [(name, roles.replace("_", " ")) for name, roles in rows])
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from optimum_mobilequant import inspect_checkpoint, quantize
 from optimum_mobilequant.checkpoint import inspection
 from optimum_mobilequant.nn import quantizers_of
+from optimum_mobilequant.nn.shift import shift_scale
 from tests import tiny
 
 CASES = {
@@ -20,7 +21,9 @@ CASES = {
     "llama-bias": "w4a8-asym",
     "stablelm": "w8a8-paper",
     "gemma": "w4a8",
+    "qwen2": "w8a8",
 }
+SHIFTED = "qwen2"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,8 @@ def saved(tmp_path_factory):
     def get(variant):
         if variant not in folders:
             folders[variant] = tmp_path_factory.mktemp(variant)
-            quantize(tiny.build(variant), None, tiny.config(CASES[variant])).save_pretrained(folders[variant])
+            config = tiny.config(CASES[variant], key_shift=variant == SHIFTED)
+            quantize(tiny.build(variant), None, config).save_pretrained(folders[variant])
         return folders[variant]
 
     return get
@@ -90,6 +94,20 @@ def test_every_tensor_of_the_plan_is_listed_with_the_model_s_own_values(saved, v
     assert stored == sum(t.nbytes for name, t in model.state_dict().items() if not name.endswith("dtype_anchor"))
     assert found.totals["bytes"] == stored + 4  # the anchor
     assert found.totals["file_bytes"] == sum(f.stat().st_size for f in saved(variant).glob("*.safetensors"))
+
+
+def test_shifts_of_keys_are_listed(saved):
+    found, model = inspect_checkpoint(saved(SHIFTED)), AutoModelForCausalLM.from_pretrained(saved(SHIFTED))
+    rows = [row for row in found.rows if row["kind"] == "shift"]
+    assert [row["tensor"] for row in rows] == [f"model.layers.{i}.self_attn.key_shift" for i in range(2)]
+    for i, row in enumerate(rows):
+        attention = model.model.layers[i].self_attn
+        assert (row["scale"], row["zero_point"]) == (shift_scale(attention.k_proj.output).item(), 0)
+        assert (row["bits"], row["bytes"]) == (16, attention.key_shift.codes.nbytes)
+        values = attention.key_shift.value(attention)
+        assert row["min"] <= values.min() < -10 * row["scale"] and 10 * row["scale"] < values.max() <= row["max"]
+    assert found.totals["shift_bytes"] == sum(row["bytes"] for row in rows)
+    assert "shift_bytes" not in inspect_checkpoint(saved("llama-gqa")).totals
 
 
 def test_data_movement_ends_at_a_listed_tensor(saved):

@@ -4,16 +4,19 @@
 """
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from optimum_mobilequant.checkpoint.pack import key_path
 from optimum_mobilequant.exporters.encodings import tensor_encodings, write_encodings
 from optimum_mobilequant.exporters.onnx import FLOAT, Emitted, Layout, WeightStore, emit
 from optimum_mobilequant.exporters.options import ENCODINGS_VERSIONS
 from optimum_mobilequant.exporters.targets.planned import PlannedTensors
 from optimum_mobilequant.graph import Encoding, Graph, build_graph
 from optimum_mobilequant.graph.source import Constant
+from optimum_mobilequant.numerics.integer_elementwise import shift_step
 from tests import tiny
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,6 +47,14 @@ class FixedTensors(PlannedTensors):
         found = super().bias(path, owner)
         return None if found is None else _filled(f"{path}.bias", found)
 
+    def key_shift(self, attention: str) -> Constant | None:
+        found = super().key_shift(attention)
+        if found is None:
+            return None
+        of_keys = self.activation(f"{attention}.{key_path(self.plan)}.output")
+        encoding = replace(found.encoding, scale=of_keys.scale * shift_step(of_keys.grid.bits))
+        return Constant(found.shape, encoding, lambda: _codes(attention, found.shape, encoding))
+
     def table(self) -> Constant:
         found = super().table()
         return Constant(found.shape, found.encoding, lambda: _codes("table", found.shape, found.encoding))
@@ -63,9 +74,16 @@ def _codes(name: str, shape: tuple[int, ...], encoding: Encoding) -> torch.Tenso
     return codes.clamp(grid.qmin, grid.qmax).reshape(shape).to(grid.dtype)
 
 
-def graph(preset: str = "w8a8", variant: str = "llama-gqa", overrides: dict | None = None, **changes: object) -> Graph:
+def graph(
+    preset: str = "w8a8",
+    variant: str = "llama-gqa",
+    overrides: dict | None = None,
+    *,
+    key_shift: bool = False,
+    **changes: object,
+) -> Graph:
     model = tiny.build(variant, **changes)
-    plan = tiny.plan_of(model, preset, overrides)
+    plan = replace(tiny.plan_of(model, preset, overrides), key_shift=key_shift)
     return build_graph(model, plan, FixedTensors(model, plan))
 
 

@@ -38,24 +38,32 @@ def byte_tokenizer(*, adds_bos: bool = False, adds_eos: bool = False) -> PreTrai
 
 
 @functools.cache
-def checkpoint(variant: str = "llama-gqa", preset: str = "w8a8", *, adds_bos: bool = False, seed: int = 0) -> Path:
+def checkpoint(
+    variant: str = "llama-gqa",
+    preset: str = "w8a8",
+    *,
+    adds_bos: bool = False,
+    seed: int = 0,
+    key_shift: bool = False,
+) -> Path:
     """Folder of a tiny quantized model of two layers with a byte tokenizer."""
-    return save(tiny.build(variant, seed=seed, vocab_size=len(byte_tokenizer())), preset, adds_bos=adds_bos)
+    model = tiny.build(variant, seed=seed, vocab_size=len(byte_tokenizer()))
+    return save(model, preset, key_shift=key_shift, adds_bos=adds_bos)
 
 
-def save(model, preset: str = "w8a8", **tokenizer: bool) -> Path:
+def save(model, preset: str = "w8a8", *, key_shift: bool = False, **tokenizer: bool) -> Path:
     path = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    quantize(model, None, tiny.config(preset)).save_pretrained(path)
+    quantize(model, None, tiny.config(preset, key_shift=key_shift)).save_pretrained(path)
     byte_tokenizer(**tokenizer).save_pretrained(path)
     return path
 
 
 @functools.cache
-def demo_checkpoint(preset: str) -> Path:
+def demo_checkpoint(preset: str, *, key_shift: bool = False) -> Path:
     """The embedded trained model, rounded to nearest after a look at some of its own text."""
     source = tiny.ROOT / "examples" / "demo_model"
     path = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    config = tiny.config(preset, dataset="python-stdlib", samples=16, seq_len=128)
+    config = tiny.config(preset, dataset="python-stdlib", samples=16, seq_len=128, key_shift=key_shift)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -80,6 +80,13 @@ def test_transformers_computes_what_the_kept_encodings_say(checkpoint, tmp_path,
     assert decibels(tiny.logits_of(expected), tiny.logits_of(read(tmp_path))) > 45
 
 
+def test_shifted_keys_need_nothing(checkpoint, tmp_path):
+    """Attention stays float there, and float attention does not see the shift."""
+    folder = checkpoint("qwen2", "w8a8", key_shift=True)
+    export_compressed_tensors(folder, tmp_path, SERVED)
+    assert decibels(tiny.logits_of(simulated(folder, rounds="served")[0]), tiny.logits_of(read(tmp_path))) > 45
+
+
 def test_leaving_the_static_inputs_out_is_noticed(checkpoint, tmp_path):
     """Control of the test above."""
     export_compressed_tensors(checkpoint(), tmp_path, SERVED)

@@ -172,8 +172,9 @@ def test_genie_generates_what_the_simulation_does():
     assert np.mean(np.array(expected[1:]) == found.ids[:-1]) < 0.5  # shifted by one, nothing fits
 
 
-def test_genie_computes_what_the_session_of_the_same_graph_computes():
-    checkpoint = phone.demo_checkpoint("w8a8")
+@pytest.mark.parametrize(("preset", "key_shift"), [("w8a8", False), ("w8a16", True)])
+def test_genie_computes_what_the_session_of_the_same_graph_computes(preset, key_shift):
+    checkpoint = phone.demo_checkpoint(preset, key_shift=key_shift)
     prompt = list(range(300, 340))
     found = generate(export_to(checkpoint), prompt, tokens=12).ids
     runner = HtpRunner(checkpoint, context=CONTEXT, prompt_length=CHUNK)

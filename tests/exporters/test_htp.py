@@ -46,11 +46,14 @@ def cpu_logits(checkpoint, ids, folder):
     return values(torch.from_numpy(np.stack(rows)), model.logits_encoding)
 
 
-@pytest.mark.parametrize(("preset", "least"), [("w8a8", 25.0), ("w4a8", 25.0), ("w8a16", 40.0)])
-def test_the_demo_model_agrees_with_onnx_runtime_on_the_cpu(preset, least, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "key_shift", "least"),
+    [("w8a8", False, 25.0), ("w4a8", False, 25.0), ("w8a16", False, 40.0), ("w8a8", True, 25.0)],
+)
+def test_the_demo_model_agrees_with_onnx_runtime_on_the_cpu(preset, key_shift, least, tmp_path):
     from transformers import AutoTokenizer
 
-    checkpoint = phone.demo_checkpoint(preset)
+    checkpoint = phone.demo_checkpoint(preset, key_shift=key_shift)
     text = "import os\nimport sys\n\n\ndef main(arguments):\n    for name in arguments:\n        print(name)\n"
     ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"][:CONTEXT]])
     runner = htp.HtpRunner(checkpoint, context=CONTEXT, prompt_length=CHUNK)

@@ -26,12 +26,13 @@ def checkpoint(tmp_path_factory):
     """(variant, preset) -> folder of a saved checkpoint; each is made once."""
     cache = {}
 
-    def make(variant="llama-gqa", preset="w8a8"):
-        if (variant, preset) not in cache:
-            cache[variant, preset] = tmp_path_factory.mktemp("checkpoint")
+    def make(variant="llama-gqa", preset="w8a8", **options):
+        key = (variant, preset, str(options))
+        if key not in cache:
+            cache[key] = tmp_path_factory.mktemp("checkpoint")
             model = tiny.build(variant, num_hidden_layers=1)
-            quantize(model, None, tiny.config(preset)).save_pretrained(cache[variant, preset])
-        return cache[variant, preset]
+            quantize(model, None, tiny.config(preset, **options)).save_pretrained(cache[key])
+        return cache[key]
 
     return make
 
@@ -41,11 +42,12 @@ def exported(checkpoint, tmp_path_factory):
     """(variant, preset) -> result of the export; each is made once."""
     cache = {}
 
-    def make(variant="llama-gqa", preset="w8a8"):
-        if (variant, preset) not in cache:
+    def make(variant="llama-gqa", preset="w8a8", **options):
+        key = (variant, preset, str(options))
+        if key not in cache:
             out = tmp_path_factory.mktemp("exports") / "out"
-            cache[variant, preset] = export(checkpoint(variant, preset), "qnn", out, **SIZES)
-        return cache[variant, preset]
+            cache[key] = export(checkpoint(variant, preset, **options), "qnn", out, **SIZES)
+        return cache[key]
 
     return make
 
@@ -139,6 +141,23 @@ def test_every_family_is_covered_and_both_graphs_have_the_same_encodings(exporte
         found = result.summary["coverage"][name]
         assert found["integers"] == found["tensors"] > 60
         assert found["inherited"] > 10
+    assert encodings_of(result, PROMPT) == encodings_of(result, TOKEN)
+
+
+@pytest.mark.parametrize(("variant", "preset"), [("qwen2", "w8a8-full"), ("qwen3", "w4a8"), ("stablelm", "w8a8")])
+def test_shifted_keys_are_covered(exported, variant, preset):
+    result, plain = exported(variant, preset, key_shift=True), exported(variant, preset)
+    key = "model.layers.0.self_attn.key_rotated"
+    for name in (PROMPT, TOKEN):
+        found, before = (r.summary["coverage"][name] for r in (result, plain))
+        assert found["integers"] == found["tensors"] == before["tensors"] + 2  # the constant and what it is added to
+        partial = ("model.layers.0.self_attn.query_rotated", f"{key}.rotated")  # some channels do not turn
+        assert found["converts"] == (partial if variant == "stablelm" else ())
+    entries = {e.name: e for e in parse_encodings(encodings_of(result))}
+    shift, keys = entries["model.layers.0.self_attn.key_shift"], entries[key]
+    assert shift.is_param and (shift.grid.bits, shift.zero_point) == (16, (2**15,))
+    assert keys.grid.bits == 8 and entries["past_key_0_out"].same_codes(keys)
+    assert entries[f"{key}.rotated"].grid.bits == 16
     assert encodings_of(result, PROMPT) == encodings_of(result, TOKEN)
 
 

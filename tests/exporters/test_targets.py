@@ -31,8 +31,8 @@ def planned(preset="w8a8", variant="llama-gqa", overrides=None):
     return check_plan(model, tiny.plan_of(model, preset, overrides), HTP)
 
 
-def facts(preset, name, variant="llama-gqa", overrides=None):
-    graph = fixed.graph(preset, variant, overrides, num_hidden_layers=1)
+def facts(preset, name, variant="llama-gqa", overrides=None, **options):
+    graph = fixed.graph(preset, variant, overrides, num_hidden_layers=1, **options)
     return facts_of(graph, next(op for op in graph.ops if op.name == name))
 
 
@@ -69,6 +69,10 @@ def test_facts_of_operations():
     assert facts("w8a8", f"{LAYER}.input_layernorm", "stablelm")["norm"] == "layer"
     assert facts("w8a8", f"{LAYER}.self_attn.q_norm", "qwen3")["rank"] == 4
     assert facts("w8a8", f"{LAYER}.mlp.act_fn")["function"] == "silu"
+    rotation = {"input": 16, "second": 16, "output": 8, "floats": False}
+    assert facts("w8a8", f"{LAYER}.self_attn.key_rotated") == rotation | {"shift": 0}
+    assert facts("w8a8", f"{LAYER}.self_attn.key_rotated", key_shift=True) == rotation | {"shift": 16}
+    assert facts("w8a8", f"{LAYER}.self_attn.query_rotated", key_shift=True)["shift"] == 0
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -84,6 +88,26 @@ def test_presets_on_htp(variant, preset):
     assert what in text and fix in text
     assert f"{LAYER}." in text
     assert len(text) < 1000
+
+
+@pytest.mark.parametrize("preset", ["w4a8", "w8a8-full"])
+@pytest.mark.parametrize("variant", tiny.FAMILIES)
+def test_shifted_keys_on_htp(variant, preset):
+    model = tiny.build(variant)
+    plan = dataclasses.replace(tiny.plan_of(model, preset), key_shift=True)
+    found = check_plan(model, plan, HTP)
+    plain = planned(preset, variant)
+    assert found.refused == () and [op.name for op, _ in found.widen] == [op.name for op, _ in plain.widen]
+
+
+def test_a_refused_shift_is_called_a_shift():
+    graph = fixed.graph(num_hidden_layers=1, key_shift=True)
+    nothing = dataclasses.replace(HTP, rules=tuple(rule for rule in HTP.rules if rule.kind != "rope"))
+    with pytest.raises(ValueError, match="cannot run 2 operations") as error:
+        check_graph(graph, nothing)
+    operands = "16-bit input, 16-bit second operand"
+    assert f"key_rotated (rope with {operands}, 16-bit shift, 8-bit output)" in str(error.value)
+    assert f"query_rotated (rope with {operands}, 8-bit output)" in str(error.value)
 
 
 def test_the_named_fix_fixes():

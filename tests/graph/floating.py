@@ -68,10 +68,10 @@ def _norm(op, x, gain, bias=0.0):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + op.attributes["eps"]) * gain + bias
 
 
-def _rope(op, x, cos, sin):
+def _rope(op, x, cos, sin, shift=0.0):
     half = op.attributes["rotary_dims"] // 2
     low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], -1) + shift
 
 
 def _repeated(op, x):

@@ -126,6 +126,20 @@ def test_the_graph_computes_what_the_model_does(made, variant, preset):
     assert floating.decibels(tiny.logits_of(model, ids), logits) > 60
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "stablelm"])
+def test_a_shift_of_keys_is_an_operand_of_their_rotation(variant):
+    model = quantize(tiny.build(variant), None, tiny.config(key_shift=True))
+    plan, ids = plan_of(model, model.config.quantization_config), tiny.probe_ids(2, 12)
+    graph = build_graph(model, plan)
+    shifts = [name for name, value in graph.values.items() if value.role == "shift"]
+    assert shifts == [f"model.layers.{i}.self_attn.key_shift" for i in range(2)]
+    assert shifts == [op.inputs[3] for op in graph.ops if op.kind == "rope" and len(op.inputs) == 4]
+    expected, logits = tiny.logits_of(model, ids), floating.run(graph, model, plan, ids)[graph.outputs[0]]
+    assert floating.decibels(expected, logits) > 60
+    graph.constants |= {name: lambda: torch.zeros(2, 1, plan.geometry.head_dim) for name in shifts}
+    assert floating.decibels(expected, floating.run(graph, model, plan, ids)[graph.outputs[0]]) < 40
+
+
 def test_the_cache_continues_a_text(made):
     model, plan, graph = made("llama-gqa")
     ids = tiny.probe_ids(1, 9)

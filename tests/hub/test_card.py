@@ -93,6 +93,14 @@ def test_bits_come_from_the_tensors_so_overrides_show(tmp_path):
     assert "| overrides | `{" in text
 
 
+def test_what_keys_and_the_cache_get_is_among_the_integers(tmp_path):
+    model = quantize(tiny.build("llama-gqa"), None, tiny.config("w4a8", prefix=[5, 7], key_shift=True))
+    model.save_pretrained(tmp_path / "m")
+    text = model_card(tmp_path / "m", REPO).text
+    rows = dict(re.findall(r"^\| (.* bits) \| (.*) \|$", text, re.MULTILINE))
+    assert rows["prefix, 8 bits"] == "key rotated, value" and rows["shifts, 16 bits"] == "key rotated"
+
+
 def test_learning_is_reported_as_it_was(folder):
     edit(folder, best_step=40, history=[[0, 2.0], [20, 1.5], [40, 1.2], [60, 1.3]])
     edit(folder, validation_perplexity={"float": 10.0, "start": 12.0, "quantized": 10.5})

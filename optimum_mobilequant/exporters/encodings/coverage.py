@@ -62,7 +62,7 @@ def check_coverage(
         model: a float graph, with or without its weights' values.
         encodings: all entries.
         rounded: outputs of data movement that may have an encoding of their own, because the integer graph rounds
-            there.
+            there or the encoding is one inside an operation.
 
     Raises:
         ValueError: a tensor without an encoding, an entry for no tensor, unequal encodings on the two sides of data

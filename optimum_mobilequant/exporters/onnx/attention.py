@@ -8,7 +8,7 @@ from ...graph import Encoding, Op
 from ...graph.ir import SEQUENCE, TOTAL, Dim
 from .emit import Emitter
 from .even import Like, computed, even, sure
-from .types import of_product, refined
+from .types import of_product, of_rotation, refined
 
 
 def split_heads(e: Emitter, op: Op) -> None:
@@ -28,13 +28,16 @@ def merge_heads(e: Emitter, op: Op) -> None:
 
 
 def rope(e: Emitter, op: Op) -> None:
-    """Pairs (i, i + r/2) turn by one angle: two products for each half, one difference, one sum."""
-    source, cos, sin = op.inputs
+    """Pairs (i, i + r/2) turn by one angle: two products for each half, one difference, one sum; behind them the
+    shift, ``[heads, 1, D]``, where there is one."""
+    source, cos, sin, *shift = op.inputs
     r = int(op.attributes["rotary_dims"])
     batch, heads, sequence, size = e.shape(op.output)
     assert isinstance(size, int)
-    (x, *_), (like, *_), late = even(e, op, op.inputs)
+    (x, *_), (like, *_), late = even(e, op, (source, cos, sin))
     onto: Like = refined(sure(e, op.output)) if late else op.output
+    if shift:  # before it the sums need not lie in the output's range
+        onto = of_rotation(e.encoding(source))
 
     def part(name: str, start: int, end: int) -> str:
         bounds = [
@@ -61,7 +64,12 @@ def rope(e: Emitter, op: Op) -> None:
             grid = onto if isinstance(onto, Encoding) else sure(e, op.output)
             passed = e.converted(passed, f"{op.name}.passed_rounded", grid, op.output)
         rotated.append(passed)
-    computed(e, op, "Concat", rotated, late, axis=3)
+    if not shift:
+        computed(e, op, "Concat", rotated, late, axis=3)
+        return
+    # The shift has 16 bits, as the tables have, so what is late behind them is late here.
+    joined = e.inner(op, "rotated", "Concat", rotated, onto, (batch, heads, sequence, size), axis=3)
+    computed(e, op, "Add", [joined, e.constant(*shift)], late)
 
 
 def concat(e: Emitter, op: Op) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,14 @@ def of_product(a: Encoding | None, b: Encoding | None) -> Encoding | None:
         return None
     ends = [x * y for x in limits(a) for y in limits(b)]
     return over(min(ends), max(ends))
+
+
+def of_rotation(x: Encoding | None) -> Encoding | None:
+    """16-bit encoding that holds a tensor's values, turned in pairs by any angle."""
+    if x is None:
+        return None
+    bound = math.sqrt(2) * max(map(abs, limits(x)))
+    return over(-bound, bound)
 
 
 def mask_encoding(graph: Graph) -> Encoding | None:

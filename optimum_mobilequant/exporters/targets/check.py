@@ -39,8 +39,8 @@ def facts_of(graph: Graph, op: Op) -> dict[str, Fact]:
 
     ``input``, ``second``, ``output``: bits of the first and second activation and of the result, None for floats.
     ``weight``, ``granularity`` (``"tensor"``, ``"channel"``, ``"block"``), ``symmetric``, ``bias`` (bits, 0 without):
-    of constants. ``norm`` (``"rms"``, ``"layer"``) and ``rank`` of a norm; ``function`` of an activation. ``floats``:
-    nothing it reads or makes is an integer.
+    of constants. ``norm`` (``"rms"``, ``"layer"``) and ``rank`` of a norm; ``function`` of an activation; ``shift``:
+    bits of what a rotation adds, 0 if it adds nothing. ``floats``: nothing it reads or makes is an integer.
     """
 
     def bits(name: str) -> int | None:
@@ -51,7 +51,9 @@ def facts_of(graph: Graph, op: Op) -> dict[str, Fact]:
     coded = [name for name in op.inputs if name not in ("input_ids", "attention_mask")]
     activations = [name for name in coded if name not in graph.constants]
     facts |= {key: bits(name) for key, name in zip(("input", "second"), activations, strict=False)}
-    if constants := [name for name in coded if name in graph.constants]:
+    if op.kind == "rope":
+        facts["shift"] = bits(op.inputs[3]) if len(op.inputs) > 3 else 0
+    elif constants := [name for name in coded if name in graph.constants]:
         facts |= {"weight": bits(constants[0]), "bias": bits(constants[1]) if len(constants) > 1 else 0}
         encoding = graph.values[constants[0]].encoding
         if encoding is not None:
@@ -122,5 +124,6 @@ def _described(kind: str, facts: Mapping[str, Any]) -> str:
     if "weight" in facts:
         symmetry = "" if facts.get("symmetric", True) else "asymmetric "
         parts.append(f"{width(facts['weight'])} {symmetry}weights for each {facts.get('granularity', 'tensor')}")
+    parts += [f"{width(facts['shift'])} shift"] if facts.get("shift") else []
     parts.append(f"{width(facts['output'])} output")
     return f"{facts.get('function', kind)} with {', '.join(parts)}"

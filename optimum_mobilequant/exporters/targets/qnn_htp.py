@@ -104,7 +104,7 @@ QNN_HTP = Target(
         *_ATTENTION,
         Rule("embedding", {"weight": _ANY, "output": _ANY}),
         *(Rule(kind, {"input": _ANY, "output": _ANY}) for kind in ("split_heads", "merge_heads", "concat")),
-        Rule("rope", {"input": _ANY, "second": (16,), "output": _ANY}),
+        Rule("rope", {"input": _ANY, "second": (16,), "shift": (0, 16), "output": _ANY}),
         Rule("mask", {"input": _ANY, "output": (16,)}),
         Rule("softmax", {"input": _ANY, "output": _ANY}),
         *(Rule(kind, {"input": _ANY, "second": _ANY, "output": _ANY}) for kind in ("add", "multiply")),

@@ -17,10 +17,12 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="onnx-tests-")
 
 
 def checkpoint(variant: str = "llama-gqa", preset: str = "w8a8") -> Path:
-    """Folder of a tiny quantized model."""
+    """Folder of a tiny quantized model; ``"w8a8+shift"`` is the preset ``"w8a8"`` with shifted keys."""
     path = Path(_FOLDER.name) / f"{variant}-{preset}"
     if not path.exists():
-        quantize_model(tiny.build(variant), None, tiny.config(preset)).save_pretrained(path)
+        name, _, shift = preset.partition("+")
+        config = tiny.config(name, key_shift=bool(shift))
+        quantize_model(tiny.build(variant), None, config).save_pretrained(path)
     return path
 
 

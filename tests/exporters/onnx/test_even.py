@@ -11,7 +11,8 @@ MOVES = {"Reshape", "Transpose", "Slice", "Concat", "Gather"}
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
 WIDTH = {onnx.TensorProto.UINT8: 8, onnx.TensorProto.UINT16: 16}
 CASES = [("llama-gqa", "w8a8"), ("llama-gqa", "w8a16"), ("qwen2", "w4a8"), ("qwen3", "w8a8-full"), ("gemma", "w8a8"),
-         ("stablelm", "w8a8"), ("stablelm", "w8a8-full")]  # fmt: skip
+         ("stablelm", "w8a8"), ("stablelm", "w8a8-full"), ("qwen2", "w4a8+shift"), ("qwen3", "w8a8-full+shift"),
+         ("stablelm", "w8a8+shift"), ("stablelm", "w8a8-full+shift")]  # fmt: skip
 
 
 def emitted(variant, preset, form, folder):

@@ -16,6 +16,7 @@ from tests.tiny import FAMILIES, probe_ids  # noqa: E402
 
 CASES = [(family, "w8a8") for family in FAMILIES]
 CASES += [("llama-gqa", "w4a8"), ("llama-bias", "w4a8-asym"), ("stablelm", "w8a16")]
+CASES += [(variant, "w8a8+shift") for variant in ("llama-gqa", "qwen2", "qwen3", "stablelm")]
 # w8a8-full is left to test_agreement: two equal scores are a tie on its 8-bit probabilities, and one tie is a token.
 
 

@@ -20,6 +20,7 @@ from tests.tiny import probe_ids, token_ids  # noqa: E402
 
 OPTIONS = ExportOptions(context=saved.CONTEXT, prompt_length=saved.PROMPT)
 VARIANTS = [("llama-gqa", "w8a8"), ("qwen2", "w8a8-full"), ("qwen3", "w8a8"), ("gemma", "w8a16"), ("stablelm", "w8a8")]
+VARIANTS += [("qwen2", "w8a8+shift"), ("qwen3", "w8a8-full+shift"), ("stablelm", "w8a8+shift")]
 SHAPES = {"Reshape": 1, "Slice": 1, "Gather": 1}  # operators whose later inputs are no float tensors
 
 
@@ -50,7 +51,16 @@ def test_every_float_tensor_of_the_float_form_has_a_record_with_an_encoding(tmp_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("variant", "preset"), [("llama-gqa", "w8a8"), ("gemma", "w8a16"), ("stablelm", "w8a8")])
+@pytest.mark.parametrize(
+    ("variant", "preset"),
+    [
+        ("llama-gqa", "w8a8"),
+        ("gemma", "w8a16"),
+        ("stablelm", "w8a8"),
+        ("qwen2", "w8a8+shift"),
+        ("qwen3", "w8a8+shift"),
+    ],
+)
 def test_the_float_form_computes_the_dequantized_model(tmp_path, variant, preset):
     import copy
 
@@ -84,7 +94,7 @@ def test_the_covered_form_rounds_every_tensor_and_stays_close(tmp_path, variant,
     expected = saved.simulated_codes(variant, preset, ids)
     # derived grids round between the plan's: a code flips here and there, and more of them where all are 8-bit
     error = ((found - expected).float().norm() / (expected - expected.float().mean()).norm()).item()
-    assert error <= (0.15 if preset == "w8a8-full" else 0.08)
+    assert error <= (0.15 if preset.startswith("w8a8-full") else 0.08)
 
 
 @pytest.mark.parametrize(("variant", "preset"), VARIANTS)
@@ -105,7 +115,10 @@ def test_the_covered_form_has_equal_bits_where_the_npu_wants_them(tmp_path, vari
     assert seen == 15
 
 
-@pytest.mark.parametrize(("variant", "preset"), [("llama-gqa", "w8a8"), ("stablelm", "w8a16")])
+@pytest.mark.parametrize(
+    ("variant", "preset"),
+    [("llama-gqa", "w8a8"), ("stablelm", "w8a16"), ("stablelm", "w8a8+shift"), ("qwen3", "w8a8-full+shift")],
+)
 def test_derived_encodings_hold_the_values(tmp_path, variant, preset):
     made = emitted(tmp_path, variant, preset, REFERENCE)
     derived = {n: r for n, r in made.records.items() if r.origin == "derived" and r.encoding.scale.ndim == 0}
@@ -138,9 +151,12 @@ def feeds_of(source, made, ids):
     return feeds
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "qwen2", "stablelm"])
-def test_the_dynamic_graph_takes_any_sizes(variant):
-    folder, source = saved.exported(variant, "w8a8-full"), saved.source(variant, "w8a8-full")
+@pytest.mark.parametrize(
+    ("variant", "preset"),
+    [(variant, "w8a8-full") for variant in ("llama-gqa", "qwen2", "stablelm")] + [("qwen2", "w8a8-full+shift")],
+)
+def test_the_dynamic_graph_takes_any_sizes(variant, preset):
+    folder, source = saved.exported(variant, preset), saved.source(variant, preset)
     session = cpu_session(folder / "model_dynamic.onnx")
     shapes = {i.name: i.shape for i in session.get_inputs()}
     assert shapes["input_ids"] == ["batch", "sequence"] and shapes["attention_mask"][-1] == "total"
@@ -160,7 +176,7 @@ def test_the_dynamic_graph_takes_any_sizes(variant):
         parts.append(found["logits"])
         past = {n: np.concatenate([held, found[n.replace("_in", "_out")]], 2) for n, held in past.items()}
     codes = torch.from_numpy(np.concatenate(parts, 1).astype(np.int32))
-    expected = saved.simulated_codes(variant, "w8a8-full", ids)
+    expected = saved.simulated_codes(variant, preset, ids)
     assert (codes == expected).float().mean() >= 0.99 and (codes.argmax(-1) == expected.argmax(-1)).all()
 
 

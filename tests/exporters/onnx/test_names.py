@@ -38,9 +38,13 @@ def test_one_layer_of_llama(tmp_path):
     assert lines == expected, "\n".join(lines)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "qwen2", "qwen3", "gemma", "stablelm"])
-def test_every_name_leads_to_a_module(variant):
-    folder, model = saved.exported(variant), saved.source(variant).model
+@pytest.mark.parametrize(
+    ("variant", "preset"),
+    [(variant, "w8a8") for variant in ("llama-gqa", "llama-tied", "qwen2", "qwen3", "gemma", "stablelm")]
+    + [("stablelm", "w8a8+shift")],
+)
+def test_every_name_leads_to_a_module(variant, preset):
+    folder, model = saved.exported(variant, preset), saved.source(variant, preset).model
     modules = {name for name, _ in model.named_modules()}
     names = json.loads((folder / "names.json").read_text())
     border = {"attention_mask"} | {name for name in names if name.startswith(("past_", "position_ids_"))}
@@ -52,7 +56,7 @@ def test_every_name_leads_to_a_module(variant):
             owner = INSIDE.sub("", owner)
         assert owner in modules, (name, about)
         if about["origin"] in ("plan", "constant"):
-            assert about["tensor"] in saved.source(variant).graph.values
+            assert about["tensor"] in saved.source(variant, preset).graph.values
 
 
 def test_all_graphs_name_their_tensors_alike():

@@ -16,7 +16,7 @@ from tests.exporters.onnx.test_forms import feeds_of  # noqa: E402
 from tests.tiny import FAMILIES, probe_ids  # noqa: E402
 
 LENGTH, CONTEXT = 12, 16
-PRESETS = ("w8a8", "w4a8-asym", "w8a16", "w8a8-full")
+PRESETS = ("w8a8", "w4a8-asym", "w8a16", "w8a8-full", "w8a8+shift", "w8a8-full+shift")
 
 
 def codes_of_all_tensors(source, folder):
