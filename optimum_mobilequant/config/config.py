@@ -68,7 +68,7 @@ class MobileQuantConfig(QuantizationConfigMixin):
         objective: ``"logits_kl"`` or ``"hidden_mse"``.
         tuning: ``"end-to-end"``, ``"block-wise"`` or ``"none"``.
         transforms: sites to transform, any of ``norm_qkv``, ``norm_mlp``, ``up_down``, ``v_o``, ``q_k`` (scales),
-            ``v_o_dense`` and ``q_k_rotation`` (matrices).
+            ``v_o_dense`` and ``q_k_rotation`` (matrices), ``signs`` (of channels).
         rotate: ``"r1"`` rotates the residual stream, ``"r2"`` the values of each KV head, ``"r1r2"`` both; all merge
             into weights. None means as the recipe says.
         untie: give a head that shares the embedding's table a table of its own (vocabulary x hidden bytes at 8 bits);

@@ -18,6 +18,7 @@ from .recipes import (
     ROUNDING_STARTS,
     ROUNDINGS,
     SENSITIVITIES,
+    SIGN_SITES,
     SITES,
     SMOOTHINGS,
     TEACHER_DTYPES,
@@ -190,8 +191,8 @@ def check_values(values: Mapping[str, Any]) -> None:
         if (value := values[name]) is not None and value not in known:
             raise ValueError(unknown_name(name, value, known))
     for site in values["transforms"] or ():
-        if site not in (*SITES, *MATRIX_SITES):
-            raise ValueError(unknown_name("transform", site, (*SITES, *MATRIX_SITES)))
+        if site not in (*SITES, *MATRIX_SITES, *SIGN_SITES):
+            raise ValueError(unknown_name("transform", site, (*SITES, *MATRIX_SITES, *SIGN_SITES)))
     if (device := values["device"]) is not None:
         try:
             torch.device(device)

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 SITES = ("norm_qkv", "norm_mlp", "up_down", "v_o", "q_k")
 MATRIX_SITES = ("v_o_dense", "q_k_rotation")
+SIGN_SITES = ("signs",)
 ROTATIONS = ("r1", "r2", "r1r2")
 OBJECTIVES = ("logits_kl", "hidden_mse")
 TUNINGS = ("end-to-end", "block-wise", "none")
@@ -33,8 +34,8 @@ class Recipe:
     """One quantization method, as data.
 
     Attributes:
-        transforms: sites (of `SITES` and `MATRIX_SITES`) where a scale or a matrix moves between producer and
-            consumer; float outputs do not change.
+        transforms: sites (of `SITES`, `MATRIX_SITES` and `SIGN_SITES`) where a scale, a matrix or signs move between
+            producer and consumer; float outputs do not change.
         rotate: rotations merged into the weights: of the residual stream, of values, both (see `ROTATIONS`), or none.
         smoothing: where the scales start: SmoothQuant's balance of maxima, or QQQ's adaptive thresholds.
         smooth_alpha: migration strength in [0, 1] of the balance; None without it.
@@ -221,6 +222,7 @@ RECIPES: dict[str, Recipe] = _table(
         _MOBILEQUANT,
         name="best",
         summary="mobilequant with shifted keys, then the rounding of every weight learned end to end",
+        transforms=(*_MOBILEQUANT.transforms, *SIGN_SITES),
         rounding="learned",
         prefix="auto",
         key_shift=True,
@@ -229,6 +231,7 @@ RECIPES: dict[str, Recipe] = _table(
         _MOBILEQUANT,
         name="qad",
         summary="best, then quantization-aware distillation that moves every weight",
+        transforms=(*_MOBILEQUANT.transforms, *SIGN_SITES),
         rounding="learned",
         prefix="auto",
         key_shift=True,

@@ -96,6 +96,11 @@ class TunablePrefix(Prefix):
         shift: Any = getattr(attention, "key_shift", None)
         return (key if shift is None else key + shift.value(attention))[None], value[None]
 
+    def turn_values(self, sign: Tensor) -> None:
+        """Multiply the channels of the values by +1 or -1, ``[kv_heads * head_dim]``."""
+        key, value = self.sources
+        object.__setattr__(self, "sources", (key, value * sign.to(value).view(len(value), 1, -1)))
+
     def read(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         of_keys, of_values = self.quantizers(attention)
         key, value = self.floats(attention)

@@ -203,6 +203,10 @@ class TunableWeight(nn.Module):
         """Undo :meth:`fix`."""
         self._base = self._kept = self._multiplier = None
 
+    def forget(self) -> None:
+        """Drop what was computed from a source that is another now."""
+        self._kept = self._mixed = None
+
     def _offset(self) -> Tensor | None:
         return self.offset_steps if self.low_rank is None else self.low_rank()
 

@@ -33,7 +33,7 @@ from ..hub.names import hub_id_of
 from ..log import get_logger
 from ..nn.prefix import logits_behind
 from ..plan import Plan, build_plan
-from ..transform import refuse_unmergeable
+from ..transform import Turn, refuse_unmergeable, turn
 from ..tune import LearnResult, correctable
 from .duration import in_words, remaining_work, seconds_of_a_pass
 from .machine import cpu_name
@@ -61,6 +61,8 @@ class Prepared:
     run: RunDirectory
     started: float = field(default_factory=time.monotonic)
     recorded: dict[str, Any] = field(default_factory=dict)
+
+    turns: list[Turn] = field(default_factory=list)  # signs that the model's parameters have turned meanwhile
 
     data: CalibrationData = field(init=False)
     finetune_ids: Tensor = field(init=False)
@@ -118,6 +120,7 @@ class Prepared:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._move(self._device, torch.float32)
         if kind is not None:
+            turn(self.model, self.turns)
             for path, module in self.model.named_modules():
                 module.training = self._modes.get(path, module.training)
                 for name, buffer in list(module.named_buffers(prefix=path, recurse=False)):

@@ -17,6 +17,7 @@ from .adaptive import adaptive_scales
 from .edges import Edge, edges_of
 from .matrices import matrix_edges_of
 from .shift import shift_keys
+from .signs import signs_of, turn
 from .smooth import smooth_scales
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def transform(
 ) -> Learnables:
     """Stage 20: start values of the transforms, of the activation ranges behind them, and of the clipping."""
     s = job.settings
+    if "signs" in s.transforms:
+        job.turns, statistics = signs_of(statistics, job.plan, s.rotate)
+        turn(model, job.turns, student)
     if job.plan.key_shift:
         statistics = shift_keys(student, statistics, job.plan)
     edges = edges_of(job.plan.family, job.plan.geometry, [site for site in s.transforms if site in SITES])
@@ -51,7 +55,7 @@ def transform(
     refuse_different(student, model, job.data.validation[:1], job.plan.prefix)
     if (kept := job.run.load("transform")) is not None:
         statistics = Statistics.from_tensors(kept[0])
-    elif edges or job.plan.key_shift:
+    elif edges or job.turns or job.plan.key_shift:
         statistics = collect(student, job.data.train, batch_size=s.batch_size, description="calibrate again")
         job.run.save("transform", statistics.to_tensors(), {})
     by_value = "mse" if s.range_init == "output" else s.range_init
