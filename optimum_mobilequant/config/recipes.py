@@ -221,7 +221,7 @@ RECIPES: dict[str, Recipe] = _table(
     replace(
         _MOBILEQUANT,
         name="best",
-        summary="mobilequant with shifted keys, then the rounding of every weight learned end to end",
+        summary="mobilequant with shifted keys and turned signs, then the rounding of every weight learned end to end",
         transforms=(*_MOBILEQUANT.transforms, *SIGN_SITES),
         rounding="learned",
         prefix="auto",

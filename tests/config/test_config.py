@@ -7,7 +7,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_mobilequant.config.config import FORMAT_VERSION, MobileQuantConfig
-from optimum_mobilequant.config.recipes import EFFORTS, MATRIX_SITES, RECIPES, SITES
+from optimum_mobilequant.config.recipes import EFFORTS, MATRIX_SITES, RECIPES, SIGN_SITES, SITES
 from optimum_mobilequant.plan.presets import PRESETS
 
 
@@ -287,7 +287,7 @@ def test_every_recipe_resolves_at_every_effort(recipe, effort):
     settings = MobileQuantConfig(recipe=recipe, effort=effort).resolve()
     trains = RECIPES[recipe].tuning != "none" and effort != "none"
     assert settings.samples == EFFORTS[effort].samples
-    assert set(settings.transforms) <= {*SITES, *MATRIX_SITES}
+    assert set(settings.transforms) <= {*SITES, *MATRIX_SITES, *SIGN_SITES}
     assert (settings.steps > 0) is trains
     assert (settings.tuning != "none") is trains
     assert (settings.learn_transforms or settings.learn_clips or settings.learn_ranges) is trains
