@@ -20,7 +20,7 @@ from tests import tiny
 STAGES = {
     "rtn": ({}, ["calibrate", "pack"]),
     "qad": (
-        {"steps": 2, "rounding_steps": 2, "feature_steps": 2, "finetune_steps": 2, "prefix": [3]},
+        {"steps": 2, "rounding_steps": 2, "feature_steps": 2, "finetune_steps": 8, "prefix": [3]},
         ["massive tokens", "calibrate", "learn", "round", "features", "finetune", "pack"],
     ),
     "qqq": ({"steps": None}, ["calibrate", "smooth", "round", "pack"]),
