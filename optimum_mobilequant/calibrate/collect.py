@@ -27,7 +27,7 @@ class Statistics:
         low, high: 0-dim float32 extremes.
         sample: float32 ``[2, n]`` of the 8-bit activations: values, and the number of elements each stands for.
         channel_absmax: float32 ``[channels]`` of the activations that transforms divide.
-        channel_ends: float32 ``[2, channels]``, lowest and highest values of these, but not of queries.
+        channel_ends: float32 ``[2, channels]``, lowest and highest values of these.
     """
 
     low: dict[str, Tensor]
@@ -77,11 +77,10 @@ class _Observer:
             rows = self.flat_heads(x).flatten(0, -2)
             channels = rows.abs().amax(0)
             self.absmax = channels if self.absmax is None else torch.maximum(self.absmax, channels)
-            if self.role != "query_rotated":
-                lowest, highest = rows.amin(0), rows.amax(0)
-                if self.ends is not None:
-                    lowest, highest = torch.minimum(self.ends[0], lowest), torch.maximum(self.ends[1], highest)
-                self.ends = torch.stack([lowest, highest])
+            lowest, highest = rows.amin(0), rows.amax(0)
+            if self.ends is not None:
+                lowest, highest = torch.minimum(self.ends[0], lowest), torch.maximum(self.ends[1], highest)
+            self.ends = torch.stack([lowest, highest])
 
     def sample(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1)

@@ -12,7 +12,7 @@ counts the text's positions from behind the prefix. On a device it is the initia
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,10 +96,17 @@ class TunablePrefix(Prefix):
         shift: Any = getattr(attention, "key_shift", None)
         return (key if shift is None else key + shift.value(attention))[None], value[None]
 
-    def turn_values(self, sign: Tensor) -> None:
-        """Multiply the channels of the values by +1 or -1, ``[kv_heads * head_dim]``."""
-        key, value = self.sources
-        object.__setattr__(self, "sources", (key, value * sign.to(value).view(len(value), 1, -1)))
+    def turn(self, path: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the channels of what the projection at ``path`` makes, ``[kv_heads * head_dim, ...]``, if it is one
+        of the two."""
+
+        def changed(x: Tensor) -> Tensor:
+            heads, length, size = x.shape
+            flat = change(x.transpose(1, 2).reshape(heads * size, length))
+            return flat.view(heads, size, length).transpose(1, 2).contiguous()
+
+        pairs = zip(self.paths, self.sources, strict=True)
+        object.__setattr__(self, "sources", tuple(changed(x) if own == path else x for own, x in pairs))
 
     def read(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         of_keys, of_values = self.quantizers(attention)

@@ -120,7 +120,7 @@ class Prepared:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._move(self._device, torch.float32)
         if kind is not None:
-            turn(self.model, self.turns)
+            turn(self.model, self.turns, back=True)
             for path, module in self.model.named_modules():
                 module.training = self._modes.get(path, module.training)
                 for name, buffer in list(module.named_buffers(prefix=path, recurse=False)):

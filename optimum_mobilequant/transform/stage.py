@@ -17,7 +17,7 @@ from .adaptive import adaptive_scales
 from .edges import Edge, edges_of
 from .matrices import matrix_edges_of
 from .shift import shift_keys
-from .signs import signs_of, turn
+from .signs import quarter_turns_of, signs_of, turn
 from .smooth import smooth_scales
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def transform(
     """Stage 20: start values of the transforms, of the activation ranges behind them, and of the clipping."""
     s = job.settings
     if "signs" in s.transforms:
-        job.turns, statistics = signs_of(statistics, job.plan, s.rotate)
+        signs, statistics = signs_of(statistics, job.plan, s.rotate)
+        quarters, statistics = quarter_turns_of(statistics, job.plan)
+        job.turns = signs + quarters
         turn(model, job.turns, student)
     if job.plan.key_shift:
         statistics = shift_keys(student, statistics, job.plan)

@@ -9,7 +9,7 @@ from optimum_mobilequant import pipeline, quantize
 from optimum_mobilequant.calibrate import collect
 from optimum_mobilequant.config.recipes import RECIPES, SIGN_SITES, SITES
 from optimum_mobilequant.nn import Mode, set_mode
-from optimum_mobilequant.transform.signs import fitted_absmax, signs_of, turn
+from optimum_mobilequant.transform.signs import fitted_absmax, quarter_turns_of, signs_of, turn
 from optimum_mobilequant.tune import build_student
 from tests.folding import decode, prefill, relative_error
 from tests.tiny import FAMILIES, VARIANTS, build, config, logits_of, plan_of, probe_ids, token_ids
@@ -30,7 +30,7 @@ def turned(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_float_model_computes_the_same_bits(variant, run):
     model, changed, student, turns, *_ = turned(variant)
-    assert any((sign < 0).any() for *_, sign in turns), "nothing was turned"
+    assert any((entry.sign < 0).any() for entry in turns), "nothing was turned"
     assert torch.equal(run(changed, probe_ids()), run(model, probe_ids()))
     set_mode(student, Mode.OFF)
     assert relative_error(run(student, probe_ids()), run(model, probe_ids())) <= 2e-5
@@ -42,14 +42,14 @@ def test_turning_back_restores_every_bit(variant):
     names = {name for name, value in model.state_dict().items() if not torch.equal(changed.state_dict()[name], value)}
     assert {name.split(".")[-2] for name in names} >= {"up_proj", "down_proj", "v_proj", "o_proj"}
     assert any("norm" in name for name in names) == (variant != "gemma"), "a gain of 1 + w is not turned exactly"
-    turn(changed, turns)
+    turn(changed, turns, back=True)
     assert all(torch.equal(changed.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("left_out", ["up_proj", "down_proj", "v_proj", "o_proj", "input_layernorm"])
 def test_a_side_left_out_is_seen(left_out):
     model, changed, _, turns, *_ = turned("llama-gqa")
-    turn(changed, [entry for entry in turns if entry[0].endswith(left_out)])
+    turn(changed, [entry for entry in turns if entry.module.endswith(left_out)])
     assert relative_error(prefill(changed, probe_ids()), prefill(model, probe_ids())) > 1e-2
 
 
@@ -65,6 +65,58 @@ def test_longer_tails_are_on_one_side(variant):
             assert (fitted.channel_absmax[name] >= before.channel_absmax[name] * (1 - 1e-5)).all()
             seen += 1
     assert seen == (2 if variant == "gemma" else 6)
+
+
+def quartered(variant):
+    """A model, the same with quarter turns, its student, the turns, and statistics before and after."""
+    model = build(variant)
+    plan, changed = plan_of(model), copy.deepcopy(model)
+    student = build_student(changed, plan)
+    before = collect(student, torch.tensor(token_ids(8)), batch_size=4)
+    turns, after = quarter_turns_of(before, plan)
+    turn(changed, turns, student)
+    return model, changed, student, turns, before, after
+
+
+@pytest.mark.parametrize("run", [prefill, decode])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quarter_turns_of_pairs_change_nothing(variant, run):
+    model, changed, student, turns, *_ = quartered(variant)
+    assert bool(turns) == (variant != "qwen3"), "a gain between projection and rotation is common to all heads"
+    assert relative_error(run(changed, probe_ids()), run(model, probe_ids())) <= 1e-5
+    set_mode(student, Mode.OFF)
+    assert relative_error(run(student, probe_ids()), run(model, probe_ids())) <= 2e-5
+    turn(changed, turns, back=True)
+    assert all(torch.equal(changed.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("left_out", ["q_proj", "k_proj"])
+def test_a_quarter_turn_of_one_side_alone_is_seen(left_out):
+    model, changed, _, turns, *_ = quartered("llama-gqa")
+    turn(changed, [entry for entry in turns if entry.module.endswith(left_out)], back=True)
+    assert relative_error(prefill(changed, probe_ids()), prefill(model, probe_ids())) > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-mqa", "stablelm", "qwen2"])
+def test_quarter_turns_bring_queries_above_zero(variant):
+    _, _, student, _, before, expected = quartered(variant)
+    after = collect(student, torch.tensor(token_ids(8)), batch_size=4)
+    plan = plan_of(build(variant))
+    g = plan.geometry
+    half = g.rotary_dims // 2
+    better = 0
+    for name in (n for n in after.channel_ends if n.endswith("_rotated")):
+        assert torch.allclose(after.channel_ends[name], expected.channel_ends[name], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(after.channel_absmax[name], expected.channel_absmax[name], rtol=1e-4, atol=1e-4)
+        if name.endswith("query_rotated"):
+            was, now = (
+                s.channel_ends[name][0].view(g.kv_heads, g.groups, g.head_dim)[..., : 2 * half]
+                .reshape(g.kv_heads, g.groups, 2, half).amin((1, 2))
+                for s in (before, after)
+            )  # fmt: skip
+            assert (now >= was - 1e-4).all(), "no pair reaches further below zero"
+            better += int((now > was + 1e-3).sum())
+    assert better > 0
 
 
 def test_scales_level_what_leaves_the_range_first():
