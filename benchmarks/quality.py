@@ -27,7 +27,7 @@ from table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_mobilequant import MobileQuantConfig, perplexity
-from optimum_mobilequant.config.recipes import SITES
+from optimum_mobilequant.config.recipes import SIGN_SITES, SITES
 from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.evaluate.ladder import quantize_and_score
 
@@ -83,6 +83,13 @@ CASES = (
         ("r1r2", {"rotate": "r1r2"}), ("bias correction", {"bias_correction": True}),
         ("output ranges", {"range_init": "output"}), ("400 steps of rounding", {"rounding_steps": 400}),
         ("1600 sequences", {"samples": 1600}), ("100 + 300 steps", {"steps": 100, "rounding_steps": 300}),
+    )),
+    # What the transforms give that best adds to the paper's.
+    *(Case(f"{recipe}, {name}", preset, {"recipe": recipe, **options})
+      for recipe in ("mobilequant", "best") for preset in ("w8a8", "w4a8") for name, options in (
+        ("neither signs nor key shift", {"transforms": list(SITES), "key_shift": False}),
+        ("key shift alone", {"transforms": list(SITES), "key_shift": True}),
+        ("signs and key shift", {"transforms": [*SITES, *SIGN_SITES], "key_shift": True}),
     )),
     Case("gptq after magr", "w4a8", {"recipe": "gptq", "magr": True}),
     Case("gptq, groups of 128", "w4a8-g128", {"recipe": "gptq"}),
