@@ -56,8 +56,7 @@ class PackedShift(KeyShift):
         self.register_buffer("codes", codes)
 
     def value(self, attention: nn.Module) -> Tensor:
-        key = self.rotated_from(attention)
-        return (self.codes.double() * shift_scale(key).double())[:, None]
+        return (self.codes.float() * shift_scale(self.rotated_from(attention)))[:, None]
 
 
 class TunableShift(KeyShift):
