@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from optimum_mobilequant import MobileQuantConfig, quantize
 from optimum_mobilequant.calibrate import collect
 from optimum_mobilequant.config.recipes import RECIPES
+from optimum_mobilequant.graph.exact import ExactSimulation
 from optimum_mobilequant.graph.executor import IntegerExecutor
 from optimum_mobilequant.graph.operators import prepare, shift_of
 from optimum_mobilequant.graph.simulation import operation_differences, simulated_codes
@@ -138,6 +139,15 @@ def test_the_executor_rotates_and_adds_what_the_simulation_does(variant, preset)
     keys = {name: d for name, d in found.items() if name.endswith(".key_rotated")}
     assert len(keys) == model.config.num_hidden_layers
     assert all(d.largest <= 1 and d.different <= 0.01 * d.codes for d in keys.values()), keys
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "qwen3", "stablelm"])
+def test_in_float64_the_simulation_has_the_executors_keys(variant):
+    model = quantized(variant)
+    executor = IntegerExecutor.of(model)
+    found = operation_differences(executor, ExactSimulation(model, executor).codes(probe_ids()))
+    keys = [d.different for name, d in found.items() if name.endswith(".key_rotated")]
+    assert keys == [0] * model.config.num_hidden_layers
 
 
 def test_a_code_more_on_one_dim_of_one_head_arrives_there_alone():
