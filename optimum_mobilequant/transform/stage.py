@@ -47,8 +47,9 @@ def transform(
     if "signs" in s.transforms:
         signs, statistics = signs_of(statistics, job.plan, s.rotate)
         quarters, statistics = quarter_turns_of(statistics, job.plan)
-        job.turns = signs + quarters
-        turn(model, job.turns, student)
+        for entry in signs + quarters:
+            turn(model, [entry], student)
+            job.turns.append(entry)  # an error halfway turns back what was turned, and no more
     if job.plan.key_shift:
         statistics = shift_keys(student, statistics, job.plan)
     edges = edges_of(job.plan.family, job.plan.geometry, [site for site in s.transforms if site in SITES])

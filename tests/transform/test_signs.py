@@ -186,6 +186,24 @@ def test_a_run_that_fails_gives_the_model_back_as_it_came(monkeypatch):
     assert all(torch.equal(held[key], value) for key, value in before.items()), "tensors that others hold stay"
 
 
+def test_an_error_halfway_turns_back_what_was_turned(monkeypatch):
+    from optimum_mobilequant.transform import stage
+
+    model, done = build("llama-gqa"), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(*args):
+        if len(done) == 5:
+            raise MemoryError
+        done.append(args)
+        turn(*args)
+
+    monkeypatch.setattr(stage, "turn", fail)
+    with pytest.raises(MemoryError):
+        quantize(model, None, config("w8a8", recipe="best", rounding_steps=2))
+    assert len(done) == 5 and all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
 def test_a_resumed_run_turns_the_same_signs(tmp_path, monkeypatch):
     options = {"recipe": "best", "rounding_steps": 2, "steps": 2}
     expected = logits_of(quantize(build("llama-gqa"), None, config("w8a8", **options)))
