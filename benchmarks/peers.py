@@ -9,6 +9,7 @@ needed, as a process of ``peers/worker_LIBRARY.py``. The text is tokenised here,
 sequences that our own run draws (those it holds out included) and the chunks to score, as token ids. A row is refused
 where the float model's perplexity in the library's environment is not ours, or where a weight has more levels than its
 bits allow. Protocol and options otherwise as in quality.py; rows that the file holds already are not measured again.
+``--reuse FILE`` takes our own rows from a file of ladder.py with the same settings and texts.
 
 Schemes, which do not compare at face value: IN quantizes the inputs of the projections, static, one scale per tensor;
 DYN the same, with a scale for each token that is found while the model runs; HTP is AIMET's configuration for
@@ -36,7 +37,7 @@ import numpy as np
 import psutil
 import torch
 from quality import Subject, Text, add_options, cells_of_perplexity, checked, models_of
-from table import Table, markdown
+from table import Table, markdown, reusable
 
 from optimum_mobilequant.data.run_data import run_data
 from optimum_mobilequant.evaluate.perplexity import token_ids
@@ -89,6 +90,8 @@ def main() -> None:
     models, texts = models_of(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     table = Table(args.out, settings, append=args.append, keys=KEYS, header=HEADER, cells=cells)
+    if args.reuse:
+        reuse(args.reuse, table, texts, args)
     for name, folder in models.items():
         missing = [
             (preset, method)
@@ -101,6 +104,20 @@ def main() -> None:
             table.use_text(name, texts[name].record())
             measure(name, folder, texts[name], missing, table, args)
     print(table.markdown(), overview(table.rows), sep="\n\n")
+
+
+def reuse(path: Path, table: Table, texts: dict[str, Text], args: argparse.Namespace) -> None:
+    """Copy the rows of our recipes that a file of ladder.py has and this one lacks."""
+    methods = {method.name: method for method in METHODS if method.library == OURS}
+    records = {name: text.record() for name, text in texts.items()}
+    for row, source in reusable(path, table.settings, records, without=("factor", "share")):
+        if row["variant"] != "plain" or row["preset"] not in PRESETS or row["recipe"] not in methods:
+            continue
+        key = (row["model"], row["preset"], OURS, row["recipe"])
+        if args.wants(*key) and not table.has(*key):
+            table.use_text(row["model"], records[row["model"]])
+            values = {name: row[name] for name in ("perplexity", "gap", "minutes", "extras", "error")}
+            table.add(*key, values={"scheme": methods[row["recipe"]].scheme} | values | source)
 
 
 def measure(
@@ -277,6 +294,7 @@ def parse_args() -> argparse.Namespace:
         "--envs", type=Path, required=True, metavar="DIR", help="folder of the libraries' environments"
     )
     parser.add_argument("--limit", type=float, default=30.0, metavar="MINUTES", help="for each row of another library")
+    parser.add_argument("--reuse", type=Path, metavar="FILE", help="results of ladder.py to take our own rows from")
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="model/preset/library/method, with wildcards; repeatable"
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from outliers import SITES as OUTLIER_SITES
 from quality import VARIANTS, Subject, Text, add_options, cells, checked, models_of
-from table import Table, markdown
+from table import Table, markdown, reusable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -77,25 +76,13 @@ def main() -> None:
 
 def reuse(path: Path, table: Table, texts: dict[str, Text]) -> None:
     """Copy the rows of a file of quality.py or ladder.py that are missing here and mean the same."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if different := {name for name, value in stored["settings"].items() if table.settings.get(name) != value}:
-        raise SystemExit(
-            f"{path} was measured with other settings ({', '.join(sorted(different))}): leave --reuse out"
-        )
     names = {"float": "float", **{options["recipe"]: case for case, options in STATIC.items() if len(options) == 1}}
-    for row in stored["rows"]:
+    records = {name: text.record() for name, text in texts.items()}
+    for row, source in reusable(path, table.settings, records):
         key = (row["model"], row["variant"], row["preset"], names.get(row.get("case", row.get("recipe"))))
-        known = (
-            row["model"] in texts
-            and row["gap"] is not None
-            and row.get("seed", table.settings["seed"]) == (0 if key[-1] == "float" else table.settings["seed"])
-            and row["preset"] in (*PRESETS, "float32")
-            and stored["texts"][row["model"]] == texts[row["model"]].record()
-        )
-        if known and None not in key and not stored["runs"][row["run"]].get("version") and not table.has(*key):
-            table.use_text(row["model"], texts[row["model"]].record())
-            taken = {name: row[name] for name in ("perplexity", "gap", "minutes")}
-            table.add(*key, values=taken | {"from": path.name, "measured": stored["runs"][row["run"]]["date"]})
+        if None not in key and row["preset"] in (*PRESETS, "float32") and not table.has(*key):
+            table.use_text(row["model"], records[row["model"]])
+            table.add(*key, values={name: row[name] for name in ("perplexity", "gap", "minutes")} | source)
 
 
 def ladder(rows: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,27 @@ class Table:
 
     def markdown(self) -> str:
         return markdown(self.header, map(self.cells, self.rows))
+
+
+def reusable(
+    path: Path, settings: dict[str, Any], texts: dict[str, Any], *, without: Collection[str] = ()
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of a file of quality.py or ladder.py that mean here what they mean there, and where each comes from.
+
+    Args:
+        settings: of the table that takes them, ``seed`` included. texts: what the models are measured on.
+        without: settings that make no difference to the rows that are wanted.
+    """
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    theirs = {name: value for name, value in stored["settings"].items() if name not in without}
+    others = {name for name, value in theirs.items() if settings.get(name) != value}
+    if others:
+        raise SystemExit(f"{path} was measured with other settings ({', '.join(sorted(others))}): leave --reuse out")
+    for row in stored["rows"]:
+        run, seed = stored["runs"][row["run"]], 0 if row["preset"] == "float32" else settings["seed"]
+        same = row.get("seed", settings["seed"]) == seed and stored["texts"][row["model"]] == texts.get(row["model"])
+        if same and row["gap"] is not None and not run.get("version"):
+            yield row, {"from": path.name, "measured": run["date"]}
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -100,6 +100,33 @@ def test_rows_of_all_libraries_are_scored_alike_and_not_measured_again(fake, cap
     assert "| W4A8 | lacking-lib | missing | IN | refused |" in printed
 
 
+def test_our_own_rows_may_be_those_of_the_ladder(fake, peers, folder, tmp_path):  # noqa: F811
+    text = peers.Text("calibration.txt", "evaluation.txt", 1000).record()
+    settings = {"effort": "default", "seq_len": 32, "quick": True, "factor": 30.0, "share": 0.03}
+    values = {"model": "small", "perplexity": 5.0, "gap": 0.25, "minutes": 1.0, "extras": {}, "error": None, "run": 0}
+    others = [("injected", "w4a8", "rtn", 0), ("plain", "w4a8", "rtn", 1), ("plain", "w4a8", "qad", 0)]
+    rows = [
+        values | dict(zip(("variant", "preset", "recipe", "seed"), key, strict=True))
+        for key in [("plain", "float32", "float", 0), *others, ("plain", "w4a8", "rtn", 0)]
+    ]
+    for number, row in enumerate(rows):
+        row["gap"] = 0.25 + number
+    content = {"settings": settings, "runs": [{"date": "then"}], "texts": {"small": text}, "rows": rows}
+    ladder = tmp_path / "ladder.json"
+    ladder.write_text(json.dumps(content))
+    (row,) = fake("--reuse", ladder, "--only", f"small/w4a8/{peers.OURS}/*")["rows"]
+    assert (row["method"], row["scheme"], row["gap"]) == ("rtn", "ALL", 4.25)
+    assert (row["from"], row["measured"]) == ("ladder.json", "then")
+    ladder.write_text(json.dumps(content | {"settings": settings | {"seq_len": 64}}))
+    with pytest.raises(SystemExit, match="other settings .seq_len."):
+        fake("--append", "--reuse", ladder)
+    changed = {"small": text | {"evaluation_sha256": "0"}}
+    ladder.write_text(json.dumps(content | {"texts": changed}))
+    (tmp_path / "peers.json").unlink()
+    measured = fake("--reuse", ladder, "--only", f"small/w4a8/{peers.OURS}/*")["rows"]
+    assert len(measured) == 2 and "from" not in measured[1] and measured[1]["gap"] != 4.25
+
+
 def test_a_worker_scores_before_and_after_and_counts_levels(folder, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks" / "peers")
     common = importlib.import_module("common")
