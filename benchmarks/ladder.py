@@ -102,11 +102,12 @@ def page(
     rows: Sequence[dict[str, Any]],
     recipes: Sequence[str] = ("rtn", "mobilequant", "best"),
     presets: Sequence[str] = RUNG_PRESETS,
+    variant: str = "plain",
 ) -> str:
-    """A table of docs/results.md: mean gaps of each model as it is, with half their spread over seeds."""
+    """A table of docs/results.md: mean gaps of each model, with half their spread over seeds."""
     groups = by_seeds(rows)
     floats = {
-        key[0]: found[0]["perplexity"] for key, found in groups.items() if key[1:] == ("plain", "float32", "float")
+        key[0]: found[0]["perplexity"] for key, found in groups.items() if key[1:] == (variant, "float32", "float")
     }
     lines = []
     for model, value in floats.items():
@@ -114,7 +115,7 @@ def page(
         for preset in presets:
             means: dict[str, float] = {}
             for recipe in recipes:
-                found = groups.get((model, "plain", preset, recipe), [])
+                found = groups.get((model, variant, preset, recipe), [])
                 gaps = [row["gap"] for row in found if row["gap"] is not None]
                 if gaps:
                     means[recipe] = statistics.mean(gaps)

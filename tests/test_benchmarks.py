@@ -227,8 +227,11 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
     ladder, text = importlib.import_module("ladder"), (pages / "results.md").read_text(encoding="utf-8")
     assert ladder.page(rows) in text
     assert ladder.page(rows, ("rtn", "adpq", "gptq", "qqq"), ("w4a8",)) in text
+    assert ladder.page(rows, ("rtn", "best"), ("w8a8", "w4a8"), "injected") in text
     distilled = (tiny.ROOT / "docs" / "finetune.md").read_text()
     assert ladder.page(rows, ("rtn", "best", "qad"), ("w4a8",)) in distilled
+    rows = json.loads((results / "ladder_massive.json").read_text(encoding="utf-8"))["rows"]
+    assert ladder.page(rows, ("rtn", "best")) in (pages / "prefix.md").read_text(encoding="utf-8")
     rows = json.loads((results / "finetune.json").read_text(encoding="utf-8"))["rows"]
     assert importlib.import_module("finetune").page(rows) in distilled
     formats = (pages / "formats.md").read_text(encoding="utf-8")
