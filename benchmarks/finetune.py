@@ -21,12 +21,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
-from quality import Subject, Text, add_options, checked, models_of
+from quality import Subject, Text, add_options, checked, divergence, models_of
 from safetensors.torch import load_file
 from table import Table, markdown
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from optimum_mobilequant import MobileQuantConfig, perplexity, quantize
@@ -103,16 +101,6 @@ class Measured(Subject):
         options: dict[str, Any] = {"seq_len": self.args.seq_len, "progress": False}
         return perplexity(model, self.tokenizer, self.other, **options).perplexity if self.other else None
 
-    @torch.no_grad()
-    def divergence(self, model: PreTrainedModel) -> float:
-        ids = token_ids(model, self.tokenizer, self.evaluation)
-        length = self.args.seq_len
-        windows, total = ids[: ids.numel() // length * length].view(-1, length), 0.0
-        for batch in windows.split(8):
-            q, p = (m(input_ids=batch).logits.float().log_softmax(-1) for m in (model, self.float))
-            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
-        return total / windows.numel()
-
     def written(self, settings: Settings, pieces: int) -> Tensor:
         bos, ends = start_tokens(self.float, self.tokenizer, False)
         text: dict[str, Any] = {"samples": settings.samples, "seq_len": settings.seq_len, "seed": settings.seed}
@@ -135,7 +123,7 @@ class Measured(Subject):
         kept = recorded["finetune"] or {}
         other, reference = self.score_other(model), self.reference[1]
         return {
-            "divergence": self.divergence(model),
+            "divergence": divergence(model, self.float, self.tokenizer, self.evaluation, self.args.seq_len),
             "gap": self.score(model) / self.reference[0] - 1,
             "gap_other": None if other is None or reference is None else other / reference - 1,
             "changed": None if start is None else changed(start, codes_of(model)),

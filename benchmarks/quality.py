@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from outliers import inject_outliers
 from table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_mobilequant import MobileQuantConfig, perplexity
 from optimum_mobilequant.config.recipes import SIGN_SITES, SITES
 from optimum_mobilequant.data.stdlib_corpus import stdlib_texts
 from optimum_mobilequant.evaluate.ladder import quantize_and_score
+from optimum_mobilequant.evaluate.perplexity import token_ids
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 VARIANTS = ("plain", "injected")
@@ -239,6 +241,19 @@ def models_of(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Text
     if unknown := args.text.keys() - models.keys():
         raise SystemExit(f"--text names no model here: {', '.join(unknown)}; models: {', '.join(models)}")
     return models, texts
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, length: int
+) -> float:
+    """Mean of KL(reference || model) over the positions of ``text`` in pieces of ``length`` tokens, in nats."""
+    ids = token_ids(model, tokenizer, text)
+    windows, total = ids[: ids.numel() // length * length].view(-1, length), 0.0
+    for batch in windows.split(8):
+        q, p = (m(input_ids=batch).logits.float().log_softmax(-1) for m in (model, reference))
+        total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+    return total / windows.numel()
 
 
 def cells(row: dict[str, Any]) -> list[str]:

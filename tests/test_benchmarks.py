@@ -99,7 +99,7 @@ def test_allocation_measures_choices_and_controls(run, folder, capsys):
     assert run("allocation.py", "--out", "allocation.json", *sizes) is None
     rows = json.loads((folder / "allocation.json").read_text())["rows"]
     assert {row["how"] for row in rows} == {"uniform", "random", "hessian", "kl", "jaccard"}
-    assert all(row["mean_bits"] <= row["budget"] and row["perplexity"] > 1 for row in rows)
+    assert all(row["mean_bits"] <= row["budget"] and row["perplexity"] > 1 and row["divergence"] > 0 for row in rows)
     assert len({tuple(row["chosen"].values()) for row in rows if row["how"] == "random"}) > 1
     assert "| random | 4, 8 | 6 | 2 |" in capsys.readouterr().out
 
@@ -242,6 +242,10 @@ def test_tables_of_the_pages_are_what_the_results_give(monkeypatch):
         assert f"| {model} | " + " | ".join(f"{gaps[model, case]:.2%}".replace("%", " %") for case in cases) in formats
     rows = json.loads((results / "peers.json").read_text(encoding="utf-8"))["rows"]
     assert importlib.import_module("peers").overview(rows) in (pages / "peers.md").read_text(encoding="utf-8")
+    page = importlib.import_module("allocation").page
+    for name in ("allocation.json", "allocation_gptq.json"):
+        rows = json.loads((results / name).read_text(encoding="utf-8"))["rows"]
+        assert page(rows) in (pages / "bits.md").read_text(encoding="utf-8")
     memory = importlib.import_module("memory")
     rows = json.loads((results / "memory.json").read_text(encoding="utf-8"))["rows"]
     table = importlib.import_module("table").markdown(memory.HEADER, map(memory.cells, rows))
